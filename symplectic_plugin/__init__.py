@@ -1,0 +1,46 @@
+"""Exact gradients of neural ODEs by the symplectic adjoint method, for the PyTorch ODE libraries, by one flag.
+
+Torch imports this package at the end of every ``import torch``, whether the program solves an ODE or not, so nothing
+is imported here: the public names are looked up when they are first used (PEP 562).
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from symplectic_plugin.registry import register, registered, unregister
+    from symplectic_plugin.tableau import ButcherTableau, partner_tableau, read_tableau
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ButcherTableau",
+    "__version__",
+    "partner_tableau",
+    "read_tableau",
+    "register",
+    "registered",
+    "unregister",
+]
+
+_MODULE_OF = {
+    "register": "registry",
+    "registered": "registry",
+    "unregister": "registry",
+    "ButcherTableau": "tableau",
+    "partner_tableau": "tableau",
+    "read_tableau": "tableau",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""torchdiffeq: the solver class that its SOLVERS holds, and its adjoint interface."""
+
+from .solver import SymplecticAdjoint
+
+__all__ = ["SymplecticAdjoint"]

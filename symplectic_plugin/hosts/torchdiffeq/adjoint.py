@@ -1,0 +1,126 @@
+"""torchdiffeq's `odeint_adjoint`: what it does with "symplectic_adjoint" as its method or adjoint method.
+
+`odeint_adjoint` normalises its arguments and hands them to `OdeintAdjointMethod.apply`, which it looks up in its module
+when it is called. A subclass is put there that solves with the symplectic adjoint method when told to, and does as
+before otherwise, so that it makes no difference when `odeint_adjoint` was imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .methods import solvers
+
+_ADJOINT_MODULE = "torchdiffeq._impl.adjoint"
+_OWN_OPTIONS = ("adjoint_params",)
+
+
+def install(symplectic_adjoint: Any) -> None:
+    """Put the subclass in place, once.
+
+    Args:
+        symplectic_adjoint: the solver class.
+    """
+    module = sys.modules[_ADJOINT_MODULE]
+    original = module.OdeintAdjointMethod
+    if hasattr(original, "replaces"):
+        return
+    parameters = inspect.signature(original.forward)
+
+    class OdeintAdjointMethod(original):
+        replaces = original
+
+        @classmethod
+        def apply(cls, *args: Any) -> Any:
+            given = parameters.bind(None, *args).arguments
+            method, adjoint_method = solvers().get(given["method"]), solvers().get(given["adjoint_method"])
+            ours = [m for m in (method, adjoint_method) if isinstance(m, type) and issubclass(m, symplectic_adjoint)]
+            if not ours:
+                return original.apply(*args)
+            return _solve(given, ours[0], method)
+
+    OdeintAdjointMethod.__module__ = original.__module__
+    OdeintAdjointMethod.__qualname__ = original.__qualname__
+    module.OdeintAdjointMethod = OdeintAdjointMethod
+
+
+def uninstall() -> None:
+    """Put torchdiffeq's own class back."""
+    module = sys.modules[_ADJOINT_MODULE]
+    module.OdeintAdjointMethod = getattr(module.OdeintAdjointMethod, "replaces", module.OdeintAdjointMethod)
+
+
+def _solve(given: dict[str, Any], symplectic_adjoint: Any, method: Any) -> Any:
+    """What `odeint_adjoint` is to return, as the symplectic adjoint method has it.
+
+    Raises:
+        ValueError: if the adjoint method names another base solver than the one that solves.
+    """
+    # torchdiffeq asks for adjoint_options beside options when the two methods differ; ours may be in either.
+    options = {key: value for key, value in given["adjoint_options"].items() if key in _OWN_OPTIONS}
+    options |= given["options"]
+    if method is not symplectic_adjoint:  # then it is the adjoint method
+        if symplectic_adjoint.solver not in (None, given["method"]):
+            raise ValueError(
+                f"symplectic_adjoint: adjoint_method={given['adjoint_method']!r} names another solver than "
+                f"method={given['method']!r}, but an exact gradient needs the partner of the one that solves: "
+                'use adjoint_method="symplectic_adjoint"'
+            )
+        options["solver"] = given["method"]
+    elif given["adjoint_method"] != given["method"] and given["adjoint_method"] not in _names(symplectic_adjoint):
+        warnings.warn(
+            f"symplectic_adjoint: adjoint_method={given['adjoint_method']!r} is not used, since "
+            f"method={given['method']!r} has its own, exact one. Leave adjoint_method out.",
+            stacklevel=4,
+        )
+    params = tuple(given.get("adjoint_params", ()))
+    options["adjoint_params"] = (*params, *options.get("adjoint_params", ()))
+    # odeint_adjoint gives gradients to func's parameters or, if it is told, to adjoint_params and nothing else.
+    options["only_adjoint_params"] = not _are_the_default(params, given["func"])
+    solver = symplectic_adjoint(
+        func=given["func"], y0=given["y0"], rtol=given["rtol"], atol=given["atol"], **options
+    )
+    if given["event_fn"] is None:
+        return solver.integrate(given["t"])
+    return solver.integrate_until_event(given["t"][0], given["event_fn"])
+
+
+def _names(symplectic_adjoint: type) -> set[str]:
+    """What the solver class and its relatives are registered as."""
+    family = symplectic_adjoint.__mro__[-2]
+    return {name for name, solver in solvers().items() if isinstance(solver, type) and issubclass(solver, family)}
+
+
+def _are_the_default(params: tuple[Tensor, ...], func: Any) -> bool:
+    """Whether these are what `odeint_adjoint` takes when it is not told: the parameters of the user's module."""
+    func = _users(func)
+    if not isinstance(func, torch.nn.Module):
+        return False
+    default = [p for p in sys.modules[_ADJOINT_MODULE].find_parameters(func) if p.requires_grad]
+    return len(default) == len(params) and all(p is q for p, q in zip(default, params, strict=True))
+
+
+def _users(func: Any) -> Any:
+    """The user's vector field inside torchdiffeq's wrappers."""
+    while type(func).__module__ == "torchdiffeq._impl.misc" and hasattr(func, "base_func"):
+        func = func.base_func
+    return func
+
+
+def refuse_continuous(func: Any) -> None:
+    """Refuse to be the solver of torchdiffeq's continuous adjoint.
+
+    Raises:
+        RuntimeError: if func is its augmented system: somebody holds torchdiffeq's own `OdeintAdjointMethod`.
+    """
+    if getattr(_users(func), "__qualname__", "").startswith("OdeintAdjointMethod.backward."):
+        raise RuntimeError(
+            "symplectic_adjoint: called to integrate torchdiffeq's continuous adjoint, whose gradient is not exact. "
+            "Use torchdiffeq.odeint, or odeint_adjoint after symplectic_plugin.register()."
+        )

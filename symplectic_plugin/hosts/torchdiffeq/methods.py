@@ -1,0 +1,140 @@
+"""torchdiffeq's methods as tableaux and interpolants, read off its solvers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _runge_kutta_step
+from torchdiffeq._impl.solvers import FixedGridODESolver
+
+from ...tableau import ButcherTableau, probe
+from ...trajectory import DenseOutput
+
+_MUST_BE_TORCHDIFFEQS = {
+    RKAdaptiveStepsizeODESolver: ("integrate", "_before_integrate", "_advance", "_adaptive_step"),
+    FixedGridODESolver: ("integrate", "_linear_interp", "_cubic_hermite_interp"),
+}
+"""What a solver of either family may not redefine, since what it does there would not be followed."""
+
+
+def solvers() -> dict[str, Any]:
+    """torchdiffeq's registry of methods."""
+    return sys.modules["torchdiffeq._impl.odeint"].SOLVERS  # as an attribute of its package, `odeint` is the function
+
+
+def is_one_step(solver: Any) -> bool:
+    """Whether a class is a one-step method of one of torchdiffeq's two families, as far as a class can show."""
+    if not isinstance(solver, type) or issubclass(solver, AdamsBashforthMoulton):
+        return False
+    return any(
+        issubclass(solver, family) and all(getattr(solver, name, None) is getattr(family, name, None) for name in names)
+        for family, names in _MUST_BE_TORCHDIFFEQS.items()
+    )
+
+
+def base_solver(name: str) -> type:
+    """The class of a base solver by its name in SOLVERS.
+
+    Raises:
+        ValueError: if there is none of that name, or it is not a one-step method.
+    """
+    solver = solvers().get(name) if isinstance(name, str) else None
+    if not is_one_step(solver):
+        usable = ", ".join(f'"{key}"' for key, value in solvers().items() if is_one_step(value))
+        what = "is not a one-step Runge-Kutta method" if solver is not None else "is not a method of torchdiffeq's"
+        raise ValueError(f"symplectic_adjoint: solver {name!r} {what}. Use one of {usable}.")
+    return solver
+
+
+def read_method(solver: Any) -> tuple[ButcherTableau, list[dict[str, Any]]]:
+    """A solver's tableau, and the keyword arguments with which it evaluates each stage.
+
+    Raises:
+        ValueError: if its step is not an explicit Runge-Kutta step.
+    """
+    base = type(solver).base
+    if base.__module__.startswith("torchdiffeq."):  # those depend on nothing else
+        return _read_own(base, getattr(solver, "perturb", False))
+    return _read(solver)
+
+
+@functools.cache
+def _read_own(base: type, perturb: bool) -> tuple[ButcherTableau, list[dict[str, Any]]]:
+    solver = base.__new__(base)
+    solver.perturb = perturb
+    return _read(solver)
+
+
+def _read(solver: Any) -> tuple[ButcherTableau, list[dict[str, Any]]]:
+    solver = copy.copy(solver)  # probing must leave no trace in the one that solves
+    if isinstance(solver, FixedGridODESolver):
+        return probe(lambda f, t, x, h: x + solver._step_func(f, t, h, t + h, x)[0])
+    tableau = type(solver).tableau
+    return probe(lambda f, t, x, h: _runge_kutta_step(f, x, f(t, x), t, h, t + h, tableau)[0])
+
+
+def hands_on_slope(solver: Any) -> bool:
+    """Whether a step takes its first slope from the step before."""
+    return isinstance(solver, RKAdaptiveStepsizeODESolver)
+
+
+def read_dense_output(solver: Any, tableau: ButcherTableau) -> DenseOutput:
+    """The interpolant that a solver makes its outputs with."""
+    if isinstance(solver, RKAdaptiveStepsizeODESolver):
+        return _Polynomial(solver, tableau)
+    return _CubicHermite(solver, tableau) if solver.interp == "cubic" else _Linear(tableau)
+
+
+class _Polynomial(DenseOutput):
+    """The adaptive methods' quartic, through both ends and the midpoint, with both end slopes."""
+
+    def __init__(self, solver: Any, tableau: ButcherTableau) -> None:
+        solver = copy.copy(solver)
+        solver.mid = solver.mid.cpu()
+        s = tableau.stages
+        zero, one = torch.zeros(s, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        # Element i of this state is the weight of slope i.
+        powers = solver._interp_fit(zero, tableau.b, torch.eye(s, dtype=torch.float64), one)
+        self.powers = torch.stack([power.real if power.is_complex() else power for power in powers])
+
+    def weights(self, theta: Tensor) -> Tensor:
+        result = torch.zeros(len(theta), self.powers.shape[1], dtype=torch.float64)
+        for power in self.powers.flip(0):
+            result = result * theta[:, None] + power
+        return result
+
+
+class _Linear(DenseOutput):
+    """The fixed-grid methods' default: between x_n and x_{n+1}; at these, they themselves, whatever t does."""
+
+    def __init__(self, tableau: ButcherTableau) -> None:
+        self.b = tableau.b
+
+    def weights(self, theta: Tensor) -> Tensor:
+        return theta[:, None] * self.b
+
+    def derivatives(self, theta: Tensor) -> Tensor:
+        inside = (theta != 0) & (theta != 1)
+        return inside[:, None] * self.b
+
+
+class _CubicHermite(DenseOutput):
+    """Through both ends, with the slopes there; that at the end is evaluated for it."""
+
+    end_stage = True
+
+    def __init__(self, solver: Any, tableau: ButcherTableau) -> None:
+        self.interpolate = type(solver)._cubic_hermite_interp
+        zero = torch.zeros(1, dtype=torch.float64)
+        self.b = torch.cat([tableau.b, zero])
+        self.unit = torch.eye(tableau.stages + 1, dtype=torch.float64)
+
+    def weights(self, theta: Tensor) -> Tensor:
+        nothing = torch.zeros_like(self.b)
+        return self.interpolate(None, 0.0, nothing, self.unit[0], 1.0, self.b, self.unit[-1], theta[:, None])

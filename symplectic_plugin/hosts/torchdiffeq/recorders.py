@@ -1,0 +1,247 @@
+"""Mixed into torchdiffeq's solver classes, these note the steps that a solve accepts, and leave it as it is."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdiffeq._impl.misc import Perturb
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+
+from ...sweep import TimeCotangents
+from ...trajectory import Step, Trajectory
+from ...vector_field import VectorField
+from .methods import hands_on_slope, read_dense_output, read_method
+
+
+def recording(base: type) -> Any:
+    """The class of a solver that does what `base` does and notes its steps."""
+    return _recording(base, Adaptive if issubclass(base, RKAdaptiveStepsizeODESolver) else FixedGrid)
+
+
+@functools.cache
+def _recording(base: type, recorder: type) -> type:
+    return type(base.__name__, (recorder, base), {"base": base})
+
+
+class RecordedField:
+    """The vector field as the base solver calls it: without graphs, but for the one that shows what it depends on."""
+
+    def __init__(self, field: VectorField, func: Any, initial: Tensor) -> None:
+        self.field = field
+        self.func = func
+        self.initial = initial
+        self.discover = False
+        self.evaluated_after_jump = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.func, name)  # the callbacks
+
+    def __call__(self, t: Tensor, y: Tensor, *, perturb: Perturb = Perturb.NONE) -> Tensor:
+        keywords = {} if perturb is Perturb.NONE else {"perturb": perturb}
+        if perturb is Perturb.NEXT:
+            self.evaluated_after_jump = True
+        if not self.discover:
+            return self.field(t, y, keywords)
+        self.discover = False
+        slope = self.field.discover(t, y, keywords)
+        if not isinstance(slope, Tensor) or slope.shape != y.shape:
+            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+            raise ValueError(
+                f"symplectic_adjoint: func must return a tensor of the state's shape {tuple(y.shape)}, got {got}"
+            )
+        if torch.promote_types(slope.dtype, y.dtype) != y.dtype:
+            raise ValueError(
+                f"symplectic_adjoint: func returned {slope.dtype} for a state of {y.dtype}: return the state's dtype, "
+                "or give y0 in the wider one"
+            )
+        return slope
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """The times that torchdiffeq hands to f in a step.
+
+    Args:
+        c: the stages' times in units of the step, float64.
+        solver_dtype: in which the solver keeps time.
+        dtype: in which it computes the stages' times.
+        device: the state's.
+    """
+
+    c: Tensor
+    solver_dtype: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, step: Step) -> Tensor:
+        t0, t1, h = torch.tensor([step.t0, step.t1, step.h], dtype=self.solver_dtype).to(self.dtype)
+        # As torchdiffeq does, so that a stage at the step's end is at t1 to the last bit.
+        return torch.where(self.c == 1, t1, t0 + self.c.to(self.dtype) * h).to(self.device)
+
+
+class _Recorder:
+    """What the recorders of both families share."""
+
+    trajectory: Trajectory | None = None
+    func: RecordedField
+    y0: Tensor
+
+    def record(self, solver_dtype: torch.dtype, stage_dtype: torch.dtype) -> None:
+        """Begin to note steps.
+
+        Raises:
+            ValueError: if the method is not an explicit Runge-Kutta method.
+        """
+        tableau, keywords = read_method(self)
+        dense = read_dense_output(self, tableau)
+        c = tableau.with_end_stage().c if dense.end_stage else tableau.c
+        stage_times = StageTimes(c, solver_dtype, stage_dtype, self.y0.device)
+        self.trajectory = Trajectory(tableau, hands_on_slope(self), keywords, dense, stage_times)
+        self.func.discover = True
+
+    def note(self, step: Step, state: Tensor, slope: Tensor | None) -> None:
+        """Add an accepted step to the trajectory."""
+        assert self.trajectory is not None
+        self.trajectory.steps.append(step)
+        self.trajectory.states.append(state)
+        self.trajectory.slopes.append(slope)
+
+    def places(self, times: Sequence[float]) -> list[tuple[int, float]]:
+        """The step that each output after the first is made from, the first one to reach it, and its place there."""
+        assert self.trajectory is not None
+        steps = self.trajectory.steps
+        ends = [step.t1 for step in steps]
+        places = []
+        for t in times:
+            n = bisect.bisect_left(ends, t)
+            places.append((n, (t - steps[n].t0) / (steps[n].t1 - steps[n].t0)))
+        return places
+
+    def place_of_event(self, t: Tensor) -> list[tuple[int, float]]:
+        """The place of an event, which is in the last step, or at the start (step -1)."""
+        assert self.trajectory is not None
+        if not self.trajectory.steps:
+            return [(-1, 0.0)]
+        step = self.trajectory.steps[-1]
+        return [(len(self.trajectory.steps) - 1, (float(t) - step.t0) / (step.t1 - step.t0))]
+
+
+class Adaptive(_Recorder):
+    """Notes the steps of torchdiffeq's adaptive methods."""
+
+    dtype: torch.dtype
+    step_t: Tensor
+    jump_t: Tensor
+
+    def begin(self, t: Tensor) -> StartingTime:
+        """Begin to note the steps of a solve over the times t."""
+        self.record(self.dtype, self.y0.abs().dtype)
+        self._slope_handed_on = False
+        self._first_keywords: Mapping[str, Any] = {}
+        self._times = StartingTime(t)
+        return self._times
+
+    def output_times(self, t: Tensor) -> list[float]:
+        """The times of the outputs after the first, as the solver sees them."""
+        return t[1:].to(self.dtype).tolist()
+
+    def _adaptive_step(self, rk_state: Any) -> Any:
+        self.func.evaluated_after_jump = False
+        new = super()._adaptive_step(rk_state)  # type: ignore[misc]
+        if self.trajectory is not None and new.t1 is not rk_state.t1:
+            if (len(self.step_t) or len(self.jump_t)) and self._accepted_size != self._proposed_size(rk_state.dt):
+                self._times.cut_steps.append(len(self.trajectory.steps))
+            slope_needed = self._slope_handed_on and not self.trajectory.tableau.first_same_as_last
+            self.note(
+                Step(
+                    float(rk_state.t1),
+                    float(new.t1),
+                    float(self._accepted_size),
+                    self._slope_handed_on,
+                    self._first_keywords,
+                ),
+                rk_state.y1,
+                rk_state.f1.clone() if slope_needed else None,  # a copy: it is a view of all slopes of its step
+            )
+            # After a jump the host evaluates the slope anew, on the other side.
+            self._slope_handed_on = not self.func.evaluated_after_jump
+            self._first_keywords = self.trajectory.keywords[-1] if self._slope_handed_on else {"perturb": Perturb.NEXT}
+        return new
+
+    def _interp_fit(self, y0: Tensor, y1: Tensor, k: Tensor, dt: Tensor) -> Any:
+        self._accepted_size = dt  # called for accepted steps alone
+        return super()._interp_fit(y0, y1, k, dt)  # type: ignore[misc]
+
+    def _proposed_size(self, dt: Tensor) -> Tensor:
+        """The step size before a step_t or jump_t cuts it."""
+        if not hasattr(self, "max_step"):  # torchdiffeq 0.2.3
+            return dt
+        return (dt if dt.isfinite() else self.min_step).clamp(self.min_step, self.max_step)
+
+
+class FixedGrid(_Recorder):
+    """Notes the steps of torchdiffeq's fixed-grid methods."""
+
+    grid_constructor: Callable[[Any, Tensor, Tensor], Tensor]
+
+    def begin(self, t: Tensor) -> GridTimes | StartingTime:
+        """Begin to note the steps of a solve over the times t, or from the only one up to an event."""
+        stage_dtype = self.y0.abs().dtype
+        if t.ndim == 0:
+            self.record(stage_dtype, stage_dtype)
+            return StartingTime(t)
+        # The grid is built in the caller's grad mode: it may depend on t, on y0, and on whatever built it.
+        grid = self.grid_constructor(self.func.func, self.func.initial, t)
+        self.grid_constructor = lambda func, y0, t: grid.detach()
+        self.record(grid.dtype, grid.dtype)
+        return GridTimes(t, grid)
+
+    def output_times(self, t: Tensor) -> list[float]:
+        """The times of the outputs after the first, as the solver sees them."""
+        return t[1:].tolist()
+
+    def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
+        if self.trajectory is not None:
+            self.note(Step(float(t0), float(t1), float(dt), False, self.trajectory.keywords[0]), y0, None)
+        return super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
+
+
+class StartingTime:
+    """Times that are the start and constant step sizes: all move with the start."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.inputs = (t,)
+        self.cut_steps: list[int] = []
+        """Steps cut short to end at a step_t or jump_t: these do not move, so the step's size takes the start's move."""
+
+    def gradients(self, cotangents: TimeCotangents) -> tuple[Tensor]:
+        """The cotangent of t."""
+        t = self.inputs[0]
+        if self.cut_steps:
+            cut = self.cut_steps[0]
+            start = cotangents.starts[: cut + 1].sum() - cotangents.sizes[cut]
+        else:
+            start = cotangents.starts.sum()
+        if t.ndim == 0:  # up to an event, whose time is a constant, as in torchdiffeq
+            return (start.to(t.dtype),)
+        return (torch.cat([start.reshape(1), cotangents.outputs]).to(t.dtype),)
+
+
+class GridTimes:
+    """Times that are a grid's points: each step's size moves with both its ends."""
+
+    def __init__(self, t: Tensor, grid: Tensor) -> None:
+        self.inputs = (t, grid)
+
+    def gradients(self, cotangents: TimeCotangents) -> tuple[Tensor, Tensor]:
+        """The cotangents of t, as far as it does not act through the grid, and of the grid."""
+        t, grid = self.inputs
+        zero = cotangents.starts.new_zeros(1)
+        of_grid = torch.cat([cotangents.starts - cotangents.sizes, zero]) + torch.cat([zero, cotangents.sizes])
+        return torch.cat([zero, cotangents.outputs]).to(t.dtype), of_grid.to(grid.dtype)

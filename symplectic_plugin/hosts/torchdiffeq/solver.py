@@ -1,0 +1,124 @@
+"""The solver class that torchdiffeq's SOLVERS holds: one of torchdiffeq's own solvers, with an exact gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...gradient import attach
+from ...vector_field import VectorField
+from . import adjoint
+from .methods import base_solver, is_one_step, solvers
+from .recorders import GridTimes, RecordedField, StartingTime, recording
+
+
+class SymplecticAdjoint:
+    """A base solver of torchdiffeq's, its gradient computed by the symplectic adjoint method.
+
+    Args:
+        func: the vector field, as torchdiffeq wraps it.
+        y0: initial state, any shape, floating point or complex.
+        rtol, atol: tolerances, for the base solver.
+        solver: name of the base solver in SOLVERS; dopri5 by default, as in torchdiffeq.
+        adjoint_params: tensors that func depends on, in addition to those that are found.
+        only_adjoint_params: whether no other tensor is to have a gradient.
+        **options: the base solver's.
+
+    Raises:
+        ValueError: if there is no such base solver, it is not a one-step Runge-Kutta method, or an option would lose
+            a gradient.
+    """
+
+    solver: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        func: Any,
+        y0: Tensor,
+        rtol: Any,
+        atol: Any,
+        solver: str | None = None,
+        adjoint_params: Iterable[Tensor] = (),
+        only_adjoint_params: bool = False,
+        **options: Any,
+    ) -> None:
+        if self.solver is not None and solver not in (None, self.solver):
+            raise ValueError(
+                f'symplectic_adjoint: the method names the base solver "{self.solver}", the options {solver!r}: '
+                "give one of them"
+            )
+        adjoint.refuse_continuous(func)
+        base = base_solver(self.solver or solver or "dopri5")
+        adjoint_params = (adjoint_params,) if isinstance(adjoint_params, Tensor) else tuple(adjoint_params)
+        if not all(isinstance(tensor, Tensor) for tensor in adjoint_params):
+            raise TypeError("symplectic_adjoint: adjoint_params must be tensors")
+        for name, value in options.items():
+            if isinstance(value, Tensor) and value.requires_grad and name != "step_size":
+                raise ValueError(f"symplectic_adjoint: option {name!r} requires a gradient and gets none: detach it")
+        self.y0 = y0
+        self.field = VectorField(func, y0.device, adjoint_params, only_adjoint_params)
+        self.recorded = RecordedField(self.field, func, y0)
+        self.base = recording(base)(func=self.recorded, y0=y0.detach(), rtol=rtol, atol=atol, **options)
+
+    @classmethod
+    def valid_callbacks(cls) -> set[str]:
+        """Names of the callbacks that the base solver calls."""
+        names = [cls.solver] if cls.solver is not None else [name for name, s in solvers().items() if is_one_step(s)]
+        # torchdiffeq 0.2.3 has no callbacks.
+        return set().union(*(getattr(solvers()[name], "valid_callbacks", set)() for name in names))
+
+    @classmethod
+    def variants(cls, name: str, registry: Mapping[str, type]) -> dict[str, type]:
+        """The same with its base solver in its name, for each that there is: "symplectic_adjoint:rk4" and so on."""
+        return {
+            f"{name}:{base}": type(f"{cls.__name__}_{base}", (cls,), {"solver": base, "__doc__": cls.__doc__})
+            for base, solver in registry.items()
+            if is_one_step(solver)
+        }
+
+    @classmethod
+    def install(cls) -> None:
+        """Have torchdiffeq's `odeint_adjoint` come here when it is told to."""
+        adjoint.install(cls)
+
+    @classmethod
+    def uninstall(cls) -> None:
+        """Undo `install`."""
+        adjoint.uninstall()
+
+    def integrate(self, t: Tensor) -> Tensor:
+        """The solution at the times t, shape (len(t), *y0.shape)."""
+        if not torch.is_grad_enabled():
+            return self.base.integrate(t.detach())
+        times = self.base.begin(t)
+        with torch.no_grad():
+            solution = self.base.integrate(t.detach())
+        return self._attached(solution, times, self.base.places(self.base.output_times(t.detach())))
+
+    def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The time of the event, a constant as in torchdiffeq, and the states at t0 and then, shape (2, *y0.shape)."""
+        if not torch.is_grad_enabled():
+            return self.base.integrate_until_event(t0.detach(), event_fn)
+        if isinstance(step_size := getattr(self.base, "step_size", None), Tensor) and step_size.requires_grad:
+            raise ValueError("symplectic_adjoint: with an event, option 'step_size' gets no gradient: detach it")
+        times = self.base.begin(t0)
+        with torch.no_grad():
+            event_t, solution = self.base.integrate_until_event(t0.detach(), event_fn)
+        return event_t, self._attached(solution, times, self.base.place_of_event(event_t))
+
+    def _attached(
+        self, solution: Tensor, times: StartingTime | GridTimes, places: list[tuple[int, float]]
+    ) -> Tensor:
+        if self.field.left_out:
+            warnings.warn(
+                f"symplectic_adjoint: func depends on {len(self.field.left_out)} tensors that require gradients and "
+                "that adjoint_params leaves out: they get none. Leave adjoint_params away to have them all.",
+                stacklevel=5,
+            )
+        trajectory, self.base.trajectory = self.base.trajectory, None
+        trajectory.outputs = places
+        return attach(solution, trajectory, self.field, self.y0, times.inputs, times.gradients)

@@ -1,0 +1,246 @@
+"""The adjoint sweep: the symplectic partner's steps, backwards over a recorded solve, one graph of f at a time.
+
+With kappa_i = h b_i Lambda_i, the cotangent of the slope k_i, no weight is divided by, so that weights may be zero:
+
+    kappa_i = h (b_i lambda_{n+1} + sum_m b_i(theta_m) g_m + sum_j a_ji xi_j) + [i last] phi_{n+1}
+    xi_i = (df/dx)^T kappa_i  at (t_n + c_i h, X_i)
+    lambda_n = lambda_{n+1} + sum_m g_m + sum_i xi_i,   phi_n = kappa_1 where the first slope was handed on
+
+g_m is the cotangent of an output at t_n + theta_m h. Where the first slope is handed on from the step before, it has no
+xi of its own: its cotangent phi goes to the slope that it is. (Matsubara, Miyatake, Yaguchi, NeurIPS 2021, eq. 7 and
+algorithm 2, with outputs inside steps and slopes handed on.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .tableau import ButcherTableau
+from .trajectory import Trajectory
+from .vector_field import CotangentSums, VectorField
+
+
+@dataclass(frozen=True)
+class TimeCotangents:
+    """Cotangents of a solve's times.
+
+    Args:
+        starts: of each step's start t_n, its size held, shape (N,).
+        sizes: of each step's size h, its start held, shape (N,).
+        outputs: of the time of each output but the first, shape (M,).
+    """
+
+    starts: Tensor
+    sizes: Tensor
+    outputs: Tensor
+
+
+def sweep(
+    trajectory: Trajectory, field: VectorField, sums: CotangentSums, cotangent: Tensor, want_times: bool
+) -> tuple[Tensor, TimeCotangents | None]:
+    """Carry the outputs' cotangents back to the initial state.
+
+    Args:
+        trajectory: the solve.
+        field: its vector field.
+        sums: takes the cotangents of what f depends on.
+        cotangent: of the outputs, shape (M + 1, *state).
+        want_times: whether the cotangents of the times are needed.
+
+    Returns:
+        The cotangent of the initial state, and those of the times if wanted.
+    """
+    given = cotangent.reshape(len(cotangent), cotangent[0].numel())
+    back = _StepBack(trajectory, field, sums, given, cotangent.shape[1:])
+    places = trajectory.outputs
+    times = [_StepTimes(step.h, given) for step in trajectory.steps] if want_times else None
+    adjoint = torch.zeros_like(given[0])
+    slope_cotangent: Tensor | None = None
+    end = len(places)
+    for n in reversed(range(len(trajectory.steps))):
+        begin = end
+        while begin > 0 and places[begin - 1][0] == n:
+            begin -= 1
+        adjoint, slope_cotangent = back(n, begin, end, adjoint, slope_cotangent, times[n] if times else None)
+        end = begin
+    # The first output is the initial state, and so is an event that is met at once.
+    adjoint = adjoint + given[: end + 1].sum(0)
+    return adjoint.view(cotangent.shape[1:]), None if times is None else _gathered(times, given)
+
+
+class _Coefficients:
+    """A tableau as the sweep reads it: numbers for what is decided on the host, a matrix where the state is."""
+
+    def __init__(self, tableau: ButcherTableau, like: Tensor) -> None:
+        self.stages = tableau.stages
+        self.a = tableau.a.tolist()
+        self.b = tableau.b.tolist()
+        self.c = tableau.c.tolist()
+        self.matrix = tableau.a.to(like)
+        self.used_later = (tableau.a != 0).any(0).tolist()
+
+
+class _StepBack:
+    """One step of the partner method."""
+
+    def __init__(
+        self, trajectory: Trajectory, field: VectorField, sums: CotangentSums, given: Tensor, shape: torch.Size
+    ) -> None:
+        self.trajectory = trajectory
+        self.field = field
+        self.sums = sums
+        self.given = given
+        self.shape = shape
+        dense, tableau = trajectory.dense, trajectory.tableau
+        self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
+        self.weights = dense.weights(self.theta)
+        self.device_weights = self.weights.to(given)
+        self.plain = _Coefficients(tableau, given)
+        self.with_end = _Coefficients(tableau.with_end_stage(), given) if dense.end_stage else self.plain
+        # A row a stage: its slope while the step is taken forward again, then, on the way back, xi in its place. So the
+        # stages need s states, and X_i is formed from the slopes before it once more when its turn comes.
+        self.rows = given.new_empty(self.with_end.stages, given.shape[1])
+
+    def __call__(
+        self,
+        n: int,
+        begin: int,
+        end: int,
+        adjoint: Tensor,
+        slope_cotangent: Tensor | None,
+        times: _StepTimes | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Carry the adjoint from the end of step n to its start.
+
+        Args:
+            n: which step.
+            begin, end: which outputs lie in it.
+            adjoint: the cotangent of x_{n+1}, flat.
+            slope_cotangent: the cotangent of the slope that step n hands on, flat; None where it is zero.
+            times: takes the cotangents of the step's times, if wanted.
+
+        Returns:
+            The cotangent of x_n and that of the slope that was handed on to step n, None where none was.
+        """
+        trajectory, field, rows, shape = self.trajectory, self.field, self.rows, self.shape
+        step = trajectory.steps[n]
+        coefficients = self.with_end if end > begin else self.plain
+        a, b, s = coefficients.a, coefficients.b, coefficients.stages
+        h = step.h
+        scaled = coefficients.matrix * h
+        stage_times = trajectory.stage_times(step)
+        keywords = [step.first_keywords, *trajectory.keywords[1:], {}]
+        start = trajectory.states[n].reshape(-1)
+        given = self.given[begin + 1 : end + 1]
+        weights = self.device_weights[begin:end] * h
+        weighted = (self.weights[begin:end] != 0).any(0).tolist()
+        derivatives = trajectory.dense.derivatives(self.theta[begin:end]) if times is not None else None
+
+        def stage(i: int) -> Tensor:
+            return (torch.addmv(start, rows[:i].T, scaled[i, :i]) if i else start).view(shape)
+
+        # Forward, without graphs, for the slopes that later stages are made of.
+        for i in range(s):
+            slope = trajectory.slopes[n] if i == 0 else None
+            if slope is None and coefficients.used_later[i]:
+                slope = field(stage_times[i], stage(i), keywords[i])
+            if slope is not None:
+                rows[i] = slope.reshape(-1)
+
+        # Backward, one graph at a time.
+        handed_on = 1 if step.slope_handed_on else 0
+        last = trajectory.tableau.stages - 1
+        nonzero = [False] * s
+        for i in reversed(range(s)):
+            kappa: Tensor | None = None
+            if any(nonzero[j] and a[j][i] != 0 for j in range(i + 1, s)):
+                kappa = torch.mv(rows[i + 1 : s].T, scaled[i + 1 :, i])
+            if b[i] != 0:
+                kappa = adjoint * (h * b[i]) if kappa is None else kappa.add_(adjoint, alpha=h * b[i])
+            if weighted[i]:
+                kappa = torch.mv(given.T, weights[:, i]) if kappa is None else kappa.addmv_(given.T, weights[:, i])
+            of_step = kappa
+            if i == last and slope_cotangent is not None:
+                kappa = slope_cotangent if kappa is None else kappa + slope_cotangent
+
+            if i < handed_on:
+                if times is not None:
+                    times.add_slope(rows[0], of_step, given, derivatives[:, 0])
+                slope_cotangent = kappa
+                break
+            if kappa is not None:
+                slope, product, tau = field.vjp(
+                    stage_times[i], stage(i), keywords[i], kappa.view(shape), self.sums, times is not None
+                )
+            elif times is not None and derivatives[:, i].any():
+                slope, product, tau = field(stage_times[i], stage(i), keywords[i]), None, None
+            else:
+                slope = product = tau = None
+            if times is not None and slope is not None:
+                times.add_slope(slope.reshape(-1), of_step, given, derivatives[:, i])
+                times.add_stage_time(coefficients.c[i], tau)
+            nonzero[i] = product is not None
+            rows[i] = 0 if product is None else product.reshape(-1)
+        else:
+            slope_cotangent = None
+
+        if times is not None:
+            times.finish(self.theta[begin:end])
+        adjoint = adjoint + given.sum(0) if end > begin else adjoint
+        if any(nonzero):
+            adjoint = adjoint + rows[handed_on:s].sum(0)
+        return adjoint, slope_cotangent
+
+
+class _StepTimes:
+    """The cotangents of one step's times, in the making.
+
+    With tau_i the cotangent of stage i's time: that of the start is sum_i tau_i and that of the size
+    sum_i <k_i, kappa_i> / h + sum_i c_i tau_i, kappa_i less what comes from outside the step. An output at theta in the
+    step has the cotangent <g, dx/dtheta> / h, and takes it, and theta times it, from the two.
+    """
+
+    def __init__(self, h: float, like: Tensor) -> None:
+        zero = torch.zeros((), dtype=like.real.dtype if like.is_complex() else like.dtype, device=like.device)
+        self.h = h
+        self.start = zero
+        self.size = zero
+        self.outputs = zero.new_zeros(0)
+
+    def add_slope(self, slope: Tensor, kappa: Tensor | None, given: Tensor, derivatives: Tensor) -> None:
+        """Slope k_i, flat; kappa_i without phi; the outputs' cotangents; db_i/dtheta at each output."""
+        if kappa is not None:
+            self.size = self.size + _inner(kappa, slope) / self.h
+        if len(given):
+            if not len(self.outputs):
+                self.outputs = self.start.new_zeros(len(given))
+            if derivatives.any():
+                products = torch.stack([_inner(g, slope) for g in given])
+                self.outputs = self.outputs + derivatives.to(products) * products
+
+    def add_stage_time(self, c: float, tau: Tensor | None) -> None:
+        if tau is not None:
+            self.start = self.start + tau
+            self.size = self.size + c * tau
+
+    def finish(self, theta: Tensor) -> None:
+        if len(self.outputs):
+            self.start = self.start - self.outputs.sum()
+            self.size = self.size - (theta.to(self.outputs) * self.outputs).sum()
+
+
+def _gathered(times: list[_StepTimes], like: Tensor) -> TimeCotangents:
+    empty = _StepTimes(1.0, like).outputs
+    return TimeCotangents(
+        torch.stack([step.start for step in times]) if times else empty,
+        torch.stack([step.size for step in times]) if times else empty,
+        torch.cat([empty, *(step.outputs for step in times)]),
+    )
+
+
+def _inner(cotangent: Tensor, vector: Tensor) -> Tensor:
+    """The change of the loss per unit of the vector: autograd's gradient of a complex tensor is the conjugate one."""
+    return torch.vdot(cotangent, vector).real if cotangent.is_complex() else torch.dot(cotangent, vector)

@@ -1,0 +1,78 @@
+"""What a solve leaves behind for the adjoint sweep: its method, accepted steps, checkpoints and output places.
+
+A host adapter fills a `Trajectory` while the host solves; nothing below it knows the host.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tableau import ButcherTableau
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One accepted step.
+
+    Args:
+        t0: the time at its start.
+        t1: the time at its end.
+        h: its size, as the host used it.
+        slope_handed_on: whether its first slope is the last one of the step before, so that f was not evaluated for it.
+        first_keywords: keyword arguments with which the host evaluated f for the first slope, wherever it did.
+    """
+
+    t0: float
+    t1: float
+    h: float
+    slope_handed_on: bool
+    first_keywords: Mapping[str, Any]
+
+
+class DenseOutput(ABC):
+    """A host's interpolant inside a step: x(t_n + theta h) = x_n + h sum_i b_i(theta) k_i."""
+
+    end_stage: bool = False
+    """Whether it also uses the slope at (t_n + h, x_{n+1}), evaluated for it: one stage more than the method has."""
+
+    @abstractmethod
+    def weights(self, theta: Tensor) -> Tensor:
+        """b_i(theta), shape (m, s), for theta of shape (m,), both float64 on the CPU."""
+
+    def derivatives(self, theta: Tensor) -> Tensor:
+        """db_i/dtheta, of the same shape."""
+        return torch.func.jvp(self.weights, (theta,), (torch.ones_like(theta),))[1]
+
+
+@dataclass
+class Trajectory:
+    """A recorded solve.
+
+    Args:
+        tableau: the method's.
+        hands_on_slope: whether the method takes each step's first slope from the step before.
+        keywords: what the host passes to f at each stage, beside time and state.
+        dense: the interpolant that made the outputs.
+        stage_times: the times of a step's stages, shape (s,), on the state's device, in the dtype in which the host
+            hands them to f. The first is that of the first slope, also where it was handed on.
+        steps: the accepted steps, in order.
+        states: the state at the start of each step: the checkpoints.
+        slopes: the first slope of each step where it can't be evaluated again from the state, else None.
+        outputs: for each output but the initial state, the step that it lies in and its place theta there, in order.
+    """
+
+    tableau: ButcherTableau
+    hands_on_slope: bool
+    keywords: list[dict[str, Any]]
+    dense: DenseOutput
+    stage_times: Callable[[Step], Tensor]
+    steps: list[Step] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    slopes: list[Tensor | None] = field(default_factory=list)
+    outputs: list[tuple[int, float]] = field(default_factory=list)

@@ -1,0 +1,53 @@
+"""Rooted trees and the order conditions of Runge-Kutta methods (Hairer, Norsett, Wanner, Solving ODEs I, II.2)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from symplectic_plugin import ButcherTableau
+
+Tree = tuple["Tree", ...]
+"""A rooted tree: the trees that hang from its root, sorted."""
+
+
+@functools.cache
+def trees(order: int) -> tuple[Tree, ...]:
+    """All rooted trees with this many nodes."""
+    return tuple(sorted({tuple(sorted(branches)) for branches in _forests(order - 1, order - 1)}))
+
+
+def _forests(nodes: int, largest: int) -> Iterator[tuple[Tree, ...]]:
+    """Multisets of trees with this many nodes in all, none of more than `largest`."""
+    if nodes == 0:
+        yield ()
+    for size in range(min(nodes, largest), 0, -1):
+        for tree in trees(size):
+            for rest in _forests(nodes - size, size):
+                yield (tree, *rest)
+
+
+def order(tree: Tree) -> int:
+    return 1 + sum(order(branch) for branch in tree)
+
+
+def density(tree: Tree) -> int:
+    """gamma(t)."""
+    result = order(tree)
+    for branch in tree:
+        result *= density(branch)
+    return result
+
+
+def elementary_weight(tree: Tree, tableau: ButcherTableau) -> float:
+    """sum_i b_i Phi_i(t), which is 1 / gamma(t) for all trees up to the method's order."""
+    return float(tableau.b @ _stage_weights(tree, tableau))
+
+
+def _stage_weights(tree: Tree, tableau: ButcherTableau) -> torch.Tensor:
+    result = torch.ones_like(tableau.b)
+    for branch in tree:
+        result = result * (tableau.a @ _stage_weights(branch, tableau))
+    return result
