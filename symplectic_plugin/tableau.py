@@ -162,13 +162,11 @@ def read_tableau(step: StepFunction) -> ButcherTableau:
 def probe(step: StepFunction) -> tuple[ButcherTableau, list[dict[str, Any]]]:
     """`read_tableau`, and the keyword arguments that the step hands to f at each stage."""
     stages = len(_run(step, lambda i, x: torch.zeros_like(x), 1)[1])
-    if stages == 0:
-        raise ValueError("read_tableau: the step does not evaluate f, so it is not a Runge-Kutta step")
+    _require(stages > 0, "does not evaluate f")
     unit = torch.eye(stages, dtype=torch.float64)
 
     def unit_slope(i: int, x: Tensor) -> Tensor:
-        if i >= stages:
-            raise ValueError("read_tableau: the step evaluates f a different number of times from call to call")
+        _require(i < stages, "evaluates f a different number of times from call to call")
         return unit[i].clone()
 
     b, calls = _run(step, unit_slope, stages)
@@ -179,7 +177,7 @@ def probe(step: StepFunction) -> tuple[ButcherTableau, list[dict[str, Any]]]:
     try:
         tableau = ButcherTableau(a, b, c)
     except ValueError as error:
-        raise ValueError(f"read_tableau: not a Runge-Kutta step: {error}") from None
+        raise ValueError(f"read_tableau: not an explicit Runge-Kutta step: {error}") from None
 
     # Several steps in a row, from another point, with random slopes and another h: a multistep method changes its
     # coefficients once it has a history, an iteration to convergence depends on the slopes, a hypersolver on the point.
@@ -198,7 +196,8 @@ def probe(step: StepFunction) -> tuple[ButcherTableau, list[dict[str, Any]]]:
         expected = [x0 + h * (a[i] @ k) for i in range(stages)] + [x0 + h * (b @ k)]
         for actual, wanted in zip([x for _, x, _ in calls] + [x1], expected, strict=True):
             _require(
-                bool(torch.allclose(actual, wanted, rtol=1e-10, atol=1e-10)), "is not one fixed linear map of the slopes"
+                bool(torch.allclose(actual, wanted, rtol=1e-10, atol=1e-10)),
+                "is not one fixed linear map of the slopes",
             )
         times = torch.stack([t for t, _, _ in calls])
         _require(bool(torch.allclose(times, t0 + c * h, rtol=1e-10, atol=1e-10)), "has stage times that change")

@@ -47,7 +47,13 @@ class DenseOutput(ABC):
 
     def derivatives(self, theta: Tensor) -> Tensor:
         """db_i/dtheta, of the same shape."""
-        return torch.func.jvp(self.weights, (theta,), (torch.ones_like(theta),))[1]
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_()
+            weights = self.weights(theta)
+            # Row m depends on theta_m alone, so the gradient of sum(u * weights) in theta, linear in u, holds them all.
+            u = torch.zeros_like(weights).requires_grad_()
+            (linear,) = torch.autograd.grad(weights, theta, u, create_graph=True)
+            return torch.autograd.grad(linear.sum(), u)[0]
 
 
 @dataclass

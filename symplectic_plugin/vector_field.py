@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,11 +109,11 @@ class VectorField:
         leaf, t, argument, slope = self._with_graph(t, x, keywords, sums, want_time)
         if not slope.requires_grad:
             return slope, None, None
-        strangers = self._strangers(slope, argument, leaf, t)
+        strangers = self._strangers(slope, argument, (leaf, t, *sums.inputs))
         if len(strangers) > self._own_leaves:
             # f may make leaves of its own (`x.detach().requires_grad_()`): those are new ones in each evaluation.
             again = self._with_graph(t, x, keywords, sums, want_time)
-            if strangers & self._strangers(again[3], again[2], again[0], again[1]):
+            if strangers & self._strangers(again[3], again[2], (again[0], again[1], *sums.inputs)):
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
             self._own_leaves = len(strangers)
         inputs = [leaf, t, *sums.inputs] if want_time else [leaf, *sums.inputs]
@@ -131,12 +131,13 @@ class VectorField:
             with self._forward_autocast(), sums.substitution():
                 return leaf, t, argument, self.function(t, argument, **keywords)
 
-    def _strangers(self, slope: Tensor, argument: Tensor, leaf: Tensor, t: Tensor) -> set[Tensor]:
-        """The leaves in the slope's graph that are not known."""
+    def _strangers(self, slope: Tensor, argument: Tensor, inputs: Iterable[Tensor]) -> set[Tensor]:
+        """The leaves in the slope's graph that are neither inputs nor known."""
         found = graph_inputs(slope, argument.grad_fn, self._known_edges)
         if found.older is not None:
             raise RuntimeError(_lost(f"that was computed from others before the solve, by {found.older.name()}"))
-        return {x for x in found.leaves if id(x) not in self._known_leaves and x is not leaf and x is not t}
+        known = self._known_leaves | {id(tensor) for tensor in inputs}
+        return {leaf for leaf in found.leaves if id(leaf) not in known}
 
     @contextlib.contextmanager
     def _forward_autocast(self) -> Iterator[None]:
@@ -214,7 +215,11 @@ class _Substitution(TorchFunctionMode):
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context for the sweep's own arithmetic, which must not be done in half precision."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, enabled=False)
+        if torch.is_autocast_enabled(device.type)
+        else contextlib.nullcontext()
+    )
 
 
 def _as_argument(x: Tensor) -> tuple[Tensor, Tensor]:

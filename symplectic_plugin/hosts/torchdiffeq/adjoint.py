@@ -83,9 +83,7 @@ def _solve(given: dict[str, Any], symplectic_adjoint: Any, method: Any) -> Any:
     options["adjoint_params"] = (*params, *options.get("adjoint_params", ()))
     # odeint_adjoint gives gradients to func's parameters or, if it is told, to adjoint_params and nothing else.
     options["only_adjoint_params"] = not _are_the_default(params, given["func"])
-    solver = symplectic_adjoint(
-        func=given["func"], y0=given["y0"], rtol=given["rtol"], atol=given["atol"], **options
-    )
+    solver = symplectic_adjoint(func=given["func"], y0=given["y0"], rtol=given["rtol"], atol=given["atol"], **options)
     if given["event_fn"] is None:
         return solver.integrate(given["t"])
     return solver.integrate_until_event(given["t"][0], given["event_fn"])

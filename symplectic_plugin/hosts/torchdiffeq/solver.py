@@ -110,9 +110,7 @@ class SymplecticAdjoint:
             event_t, solution = self.base.integrate_until_event(t0.detach(), event_fn)
         return event_t, self._attached(solution, times, self.base.place_of_event(event_t))
 
-    def _attached(
-        self, solution: Tensor, times: StartingTime | GridTimes, places: list[tuple[int, float]]
-    ) -> Tensor:
+    def _attached(self, solution: Tensor, times: StartingTime | GridTimes, places: list[tuple[int, float]]) -> Tensor:
         if self.field.left_out:
             warnings.warn(
                 f"symplectic_adjoint: func depends on {len(self.field.left_out)} tensors that require gradients and "

@@ -1,0 +1,516 @@
+"""torchdiffeq's interface with the flag set: options, callbacks, events, tuples, captured tensors, and errors."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+import torchdiffeq
+from torch import nn
+from torchdiffeq._impl.misc import _rms_norm
+
+from .fields import ADAPTIVE, FIXED, MLP, Outcome, errors
+
+T = torch.linspace(0, 1, 4, dtype=torch.float64)
+Y0 = torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+MULTISTEP = ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver")
+
+
+def mlp() -> MLP:
+    return MLP(2, 8, torch.Generator().manual_seed(0))
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def gradients(field, inputs, method, odeint=torchdiffeq.odeint, y0=Y0, t=T, loss=lambda y: (y**2).sum(), **keywords):
+    """Gradients of a loss of the solution in the inputs."""
+    keywords = {"options": {"first_step": 0.1}, **keywords}
+    return torch.autograd.grad(loss(odeint(field, y0, t, method=method, **keywords)), inputs)
+
+
+def assert_same(actual, expected, bound: float = 1e-12) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+class TestCapturedTensors:
+    """Gradients go to all that f depends on, without being told."""
+
+    def assert_exact(self, field, *inputs) -> None:
+        assert_same(gradients(field, inputs, "symplectic_adjoint"), gradients(field, inputs, "dopri5"))
+
+    def test_of_a_lambda(self) -> None:
+        w = random(2, 2).requires_grad_()
+        self.assert_exact(lambda t, y: torch.tanh(y @ w) * t, w)
+
+    def test_of_a_partial(self) -> None:
+        w = random(2, 2).requires_grad_()
+        self.assert_exact(functools.partial(lambda w, t, y: torch.tanh(y @ w), w), w)
+
+    def test_of_a_bound_method(self) -> None:
+        class Holder:
+            def __init__(self) -> None:
+                self.weights = {"w": [random(2, 2).requires_grad_()]}
+
+            def slope(self, t, y):
+                return torch.tanh(y @ self.weights["w"][0])
+
+        holder = Holder()
+        self.assert_exact(holder.slope, holder.weights["w"][0])
+
+    def test_with_a_history(self) -> None:
+        encoder = nn.Linear(3, 2, dtype=torch.float64)
+        context = encoder(random(3))
+        parameters = tuple(encoder.parameters())
+        field = lambda t, y: torch.tanh(y + context)  # noqa: E731
+        ours = torch.autograd.grad(
+            torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint", options={"first_step": 0.1}).sum(),
+            parameters,
+            retain_graph=True,
+        )
+        theirs = torch.autograd.grad(
+            torchdiffeq.odeint(field, Y0, T, method="dopri5", options={"first_step": 0.1}).sum(), parameters
+        )
+        assert_same(ours, theirs)
+
+    def test_used_both_by_itself_and_through_another(self) -> None:
+        w = random(2, 2).requires_grad_()
+        made = torch.tanh(w) * 2  # what a hypernetwork makes of its own weights
+        field = lambda t, y: torch.tanh(y @ w) + y @ made  # noqa: E731
+        ours = torch.autograd.grad(
+            torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint", options={"first_step": 0.1}).sum(),
+            w,
+            retain_graph=True,
+        )
+        theirs = torch.autograd.grad(
+            torchdiffeq.odeint(field, Y0, T, method="dopri5", options={"first_step": 0.1}).sum(), w
+        )
+        assert_same(ours, theirs)
+
+    def test_used_only_later_on(self) -> None:
+        early, late = random(2, 2).requires_grad_(), (2 * random(2, 2)).requires_grad_()
+        self.assert_exact(lambda t, y: torch.tanh(y @ (early if t < 0.5 else late)), early, late)
+
+    def test_on_a_module_through_odeint_adjoint(self) -> None:
+        module = mlp()
+        module.context = random(2).requires_grad_()
+        field = _WithContext(module)
+        inputs = (module.w1, module.context)
+        ours = gradients(field, inputs, "symplectic_adjoint", odeint=torchdiffeq.odeint_adjoint)
+        assert_same(ours, gradients(field, inputs, "dopri5"))
+
+    def test_that_f_makes_leaves_of_its_own_is_not_mistaken_for_one(self) -> None:
+        w = random(2).requires_grad_()
+
+        def field(t, y):
+            with torch.enable_grad():
+                q = y.detach().requires_grad_()
+                (force,) = torch.autograd.grad((w.detach() * q**4).sum(), q, create_graph=True)
+            return w * y - force
+
+        self.assert_exact(field, w)
+
+    def test_hidden_until_late_raises_rather_than_losing_its_gradient(self) -> None:
+        shown, hidden = random(2, 2).requires_grad_(), random(2, 2).requires_grad_()
+        store = iter([hidden])  # neither in a closure's cell as a tensor, nor in a container that can be looked into
+        cache = []
+
+        class Opaque:
+            __slots__ = ()
+
+            def get(self):
+                return cache[0] if cache else cache.append(next(store)) or cache[0]
+
+        opaque = Opaque()
+        field = lambda t, y: torch.tanh(y @ (shown if t < 0.5 else OPAQUE_GETTERS["get"]()))  # noqa: E731
+        OPAQUE_GETTERS["get"] = _Native(opaque.get)
+        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint", options={"first_step": 0.1})
+        with pytest.raises(RuntimeError, match="adjoint_params"):
+            y.sum().backward()
+        named = {"first_step": 0.1, "adjoint_params": (hidden,)}
+        ours = gradients(field, (shown, hidden), "symplectic_adjoint", options=named)
+        assert_same(ours, gradients(field, (shown, hidden), "dopri5"))
+
+
+class _Native:
+    """A callable whose contents can't be seen."""
+
+    __slots__ = ("__weakref__",)
+    functions = weakref.WeakKeyDictionary()
+
+    def __init__(self, function) -> None:
+        _Native.functions[self] = function
+
+    def __call__(self):
+        return type(self).functions[self]()
+
+
+OPAQUE_GETTERS: dict[str, object] = {}
+
+
+class _WithContext(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, t, y):
+        return self.module(t, y) + torch.tanh(self.module.context * y)
+
+
+class TestStates:
+    @pytest.mark.parametrize("method", ["dopri5", "rk4", "adaptive_heun"])
+    def test_tuples_of_any_shapes(self, method) -> None:
+        w = random(2, 2).requires_grad_()
+        states = (random(3, 2).requires_grad_(), random().requires_grad_(), random(0, 2).requires_grad_())
+
+        def field(t, y):
+            return torch.tanh(y[0] @ w) * y[1], y[0].sum() * torch.cos(t), y[2]
+
+        def loss(y):
+            return (y[0] ** 2).sum() + (y[1] ** 3).sum() + y[2].sum()
+
+        options = {"first_step": 0.1} if method in ADAPTIVE else {"step_size": 0.1}
+        solve = {"y0": states, "loss": loss, "options": options, "rtol": 1e-3, "atol": 1e-4}
+        ours = gradients(field, (w, *states), f"symplectic_adjoint:{method}", **solve)
+        assert_same(ours, gradients(field, (w, *states), method, **solve))
+
+    @pytest.mark.parametrize("y0", [random(), random(1), random(4, 3).T, random(2, 1, 3).expand(2, 5, 3)])
+    def test_any_shape_and_layout(self, y0) -> None:
+        w = random().requires_grad_()
+        field = lambda t, y: torch.sin(w * y) + t  # noqa: E731
+        ours, theirs = (gradients(field, w, m, y0=y0)[0] for m in ("symplectic_adjoint", "dopri5"))
+        assert_same([ours], [theirs])
+
+    def test_one_output_time_alone(self) -> None:
+        y0 = Y0.clone().requires_grad_()
+        y = torchdiffeq.odeint(mlp(), y0, T[:1], method="symplectic_adjoint")
+        y.sum().backward()
+        assert torch.equal(y[0], y0)
+        assert torch.equal(y0.grad, torch.ones_like(y0))
+
+    def test_nothing_that_needs_a_gradient(self) -> None:
+        assert not torchdiffeq.odeint(lambda t, y: -y, Y0, T, method="symplectic_adjoint").requires_grad
+        with torch.no_grad():
+            assert not torchdiffeq.odeint(mlp(), Y0, T, method="symplectic_adjoint").requires_grad
+
+
+class TestOptions:
+    def test_tolerances_per_component_and_norms(self) -> None:
+        states = (random(2).requires_grad_(), random(3).requires_grad_())
+
+        def field(t, y):
+            return torch.sin(y[0]) + y[1].sum(), torch.cos(y[1]) * t
+
+        solve = {
+            "y0": states,
+            "loss": lambda y: y[0].sum() + (y[1] ** 2).sum(),
+            "rtol": (1e-3, 1e-6),
+            "atol": (1e-4, 1e-7),
+            "options": {"first_step": 0.1, "norm": lambda y: max(_rms_norm(y[0]), 10 * _rms_norm(y[1]))},
+        }
+        assert_same(
+            gradients(field, states, "symplectic_adjoint", **solve), gradients(field, states, "dopri5", **solve)
+        )
+
+    @pytest.mark.parametrize("odeint", [torchdiffeq.odeint, torchdiffeq.odeint_adjoint])
+    @pytest.mark.parametrize("method", ["dopri5", "rk4"])
+    def test_callbacks_are_called_as_without_the_flag(self, odeint, method) -> None:
+        class Counting(MLP):
+            def callback_step(self, t0, y0, dt):
+                self.calls.append(("step", float(t0), float(dt)))
+
+            def callback_accept_step(self, t0, y0, dt):
+                self.calls.append(("accept", float(t0), float(dt)))
+
+            def callback_reject_step(self, t0, y0, dt):
+                self.calls.append(("reject", float(t0), float(dt)))
+
+        field = Counting(2, 8, torch.Generator().manual_seed(0))
+        calls = []
+        for name in (method, f"symplectic_adjoint:{method}"):
+            field.calls = []
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a fixed grid has no accept and reject
+                odeint(field, Y0, T, method=name, rtol=1e-9, atol=1e-9).sum().backward()
+            calls.append(field.calls)
+        assert calls[0] == calls[1] != []
+
+    def test_step_sizes_of_the_first_step_are_the_hosts_own(self) -> None:
+        evaluations = []
+        for method in ("dopri5", "symplectic_adjoint"):
+            field, times = mlp(), []
+            field.register_forward_pre_hook(lambda _, inputs, times=times: times.append(float(inputs[0])))
+            torchdiffeq.odeint(field, Y0, T, method=method)
+            evaluations.append(times)
+        assert evaluations[0] == evaluations[1]
+
+    def test_a_learned_grid(self) -> None:
+        gaps = random(5).requires_grad_()
+
+        def grid_constructor(func, y0, t):
+            inner = torch.softmax(gaps, 0).cumsum(0)[:-1]
+            return torch.cat([t[:1], t[0] + (t[-1] - t[0]) * inner, t[-1:]])
+
+        field, options = mlp(), {"grid_constructor": grid_constructor}
+        inputs = (gaps, field.w1)
+        solve = {"t": T[[0, -1]], "options": options}
+        ours = gradients(field, inputs, "symplectic_adjoint:rk4", **solve)
+        theirs = gradients(field, inputs, "rk4", **solve)
+        # Hardly anything depends on the grid of so accurate a method, so its gradient is what remains of larger terms.
+        assert_same(ours[:1], theirs[:1], 1e-10)
+        assert_same(ours[1:], theirs[1:])
+
+
+class TestEvents:
+    @pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_gradients_of_time_and_state(self, method, reverse) -> None:
+        w, y0 = (0.2 * random(2, 2)).requires_grad_(), torch.tensor([1.0, 0.0], dtype=torch.float64).requires_grad_()
+        t0 = torch.tensor(0.3, dtype=torch.float64).requires_grad_()
+        options = {"first_step": 0.1} if method in ADAPTIVE else {"step_size": 0.05, "interp": "cubic"}
+        rotation = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+
+        def solve(method, odeint=torchdiffeq.odeint):
+            event_t, y = torchdiffeq.odeint_event(
+                lambda t, y: (rotation + w) @ y * (1 + 0.1 * t),
+                y0,
+                t0,
+                event_fn=lambda t, y: y[0] - 0.2,
+                reverse_time=reverse,
+                odeint_interface=odeint,
+                method=method,
+                options=options,
+                rtol=1e-4,
+                atol=1e-6,
+                **({"adjoint_params": (w,)} if odeint is torchdiffeq.odeint_adjoint else {}),
+            )
+            return torch.stack([event_t, *y[-1]])
+
+        expected, actual = solve(method), solve(f"symplectic_adjoint:{method}")
+        assert torch.equal(actual, expected)
+        adjoint = solve(f"symplectic_adjoint:{method}", torchdiffeq.odeint_adjoint)
+        assert torch.equal(adjoint, expected)
+        # The loss weighs the time most: the event fixes one component of the state, whose gradients are all but zero.
+        loss = torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64)
+        theirs = torch.autograd.grad(expected @ loss, (w, y0, t0))
+        assert_same(torch.autograd.grad(actual @ loss, (w, y0, t0)), theirs, 1e-11)
+        assert_same(torch.autograd.grad(adjoint @ loss, (w, y0, t0)), theirs, 1e-11)
+
+    def test_an_event_met_at_once(self) -> None:
+        y0 = Y0[0].clone().requires_grad_()
+        _, y = torchdiffeq.odeint(
+            lambda t, y: -y, y0, T[:2], method="symplectic_adjoint", event_fn=lambda t, y: 0 * y.sum()
+        )
+        y.sum().backward()
+        assert torch.equal(y0.grad, 2 * torch.ones_like(y0))
+
+
+class TestAdjointInterface:
+    def test_adjoint_params_restrict_the_gradient_and_say_so(self) -> None:
+        field = mlp()
+        with pytest.warns(UserWarning, match="adjoint_params leaves out"):
+            y = torchdiffeq.odeint_adjoint(field, Y0, T, method="symplectic_adjoint", adjoint_params=(field.w1,))
+        y.sum().backward()
+        assert field.w1.grad is not None
+        assert field.w2.grad is None
+
+    def test_adjoint_params_of_a_function(self) -> None:
+        w = random(2, 2).requires_grad_()
+        field = lambda t, y: torch.tanh(y @ w)  # noqa: E731
+        ours = gradients(field, w, "symplectic_adjoint", odeint=torchdiffeq.odeint_adjoint, adjoint_params=(w,))
+        assert_same(ours, gradients(field, w, "dopri5"))
+
+    def test_an_adjoint_method_that_is_not_used_is_warned_of(self) -> None:
+        field = mlp()
+        with pytest.warns(UserWarning, match="adjoint_method='bosh3' is not used"):
+            y = torchdiffeq.odeint_adjoint(
+                field, Y0, T, method="symplectic_adjoint", adjoint_method="bosh3",
+                options={"first_step": 0.1}, adjoint_options={},
+            )  # fmt: skip
+        assert_same(torch.autograd.grad((y**2).sum(), field.w1), gradients(field, field.w1, "dopri5"))
+
+    def test_an_adjoint_method_of_another_solver_is_refused(self) -> None:
+        with pytest.raises(ValueError, match='use adjoint_method="symplectic_adjoint"'):
+            torchdiffeq.odeint_adjoint(mlp(), Y0, T, method="dopri5", adjoint_method="symplectic_adjoint:rk4")
+
+    def test_other_methods_are_torchdiffeqs_own_as_before(self) -> None:
+        field = mlp()
+        continuous = gradients(field, field.w1, "dopri5", odeint=torchdiffeq.odeint_adjoint, rtol=1e-2, atol=1e-2)
+        exact = gradients(field, field.w1, "dopri5", rtol=1e-2, atol=1e-2)
+        assert 1e-10 < (continuous[0] - exact[0]).norm() / exact[0].norm() < 0.1
+
+    def test_the_continuous_adjoint_is_refused_to_who_holds_torchdiffeqs_own_class(self) -> None:
+        from torchdiffeq._impl import adjoint
+
+        held, field = adjoint.OdeintAdjointMethod.replaces, mlp()
+        shapes, func, y0, t, rtol, atol, method, options, event_fn, _ = adjoint._check_inputs(
+            field, Y0, T, 1e-3, 1e-3, "symplectic_adjoint", None, None, adjoint.SOLVERS
+        )
+        adjoint_options = {"norm": options["norm"]}
+        y = held.apply(
+            shapes, func, y0, t, rtol, atol, method, options, event_fn, 1e-3, 1e-3, method, adjoint_options, False,
+            field.w1,
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match="continuous adjoint"):
+            y.sum().backward()
+
+
+class TestErrors:
+    @pytest.mark.parametrize("solver", MULTISTEP)
+    def test_multistep_methods_are_refused_with_what_can_be_used(self, solver) -> None:
+        with pytest.raises(ValueError, match=r'Use one of .*"dopri5".*"rk4"'):
+            torchdiffeq.odeint(mlp(), Y0, T, method="symplectic_adjoint", options={"solver": solver})
+        with pytest.raises(ValueError, match=r'Must be one of .*"symplectic_adjoint:rk4"'):
+            torchdiffeq.odeint(mlp(), Y0, T, method=f"symplectic_adjoint:{solver}")
+
+    @pytest.mark.parametrize("solver", ["no_such_solver", "symplectic_adjoint", "symplectic_adjoint:rk4", 5, ["rk4"]])
+    def test_solvers_that_do_not_exist_are_refused(self, solver) -> None:
+        with pytest.raises(ValueError, match=r'Use one of .*"dopri5"'):
+            torchdiffeq.odeint(mlp(), Y0, T, method="symplectic_adjoint", options={"solver": solver})
+
+    def test_two_different_base_solvers_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="give one of them"):
+            torchdiffeq.odeint(mlp(), Y0, T, method="symplectic_adjoint:rk4", options={"solver": "euler"})
+
+    def test_an_unknown_option_is_warned_of_by_the_base_solver(self) -> None:
+        with pytest.warns(UserWarning, match="Dopri5Solver: Unexpected arguments"):
+            torchdiffeq.odeint(mlp(), Y0, T, method="symplectic_adjoint", options={"no_such_option": 1})
+
+    def test_an_option_that_would_lose_a_gradient_is_refused(self) -> None:
+        first_step = torch.tensor(0.1, requires_grad=True)
+        with pytest.raises(ValueError, match="'first_step' requires a gradient"):
+            torchdiffeq.odeint(mlp(), Y0, T, method="symplectic_adjoint", options={"first_step": first_step})
+
+    def test_a_user_solver_that_is_not_runge_kutta_is_refused(self) -> None:
+        from torchdiffeq._impl.solvers import FixedGridODESolver
+
+        from symplectic_plugin.hosts.torchdiffeq.methods import solvers
+
+        class Clamped(FixedGridODESolver):
+            order = 1
+
+            def _step_func(self, func, t0, dt, t1, y0):
+                f0 = func(t0, y0)
+                return dt * f0.clamp(-0.1, 0.1), f0
+
+        solvers()["clamped"] = Clamped
+        try:
+            with pytest.raises(ValueError, match="not an explicit Runge-Kutta step"):
+                torchdiffeq.odeint(mlp(), Y0, T, method="symplectic_adjoint", options={"solver": "clamped"})
+        finally:
+            del solvers()["clamped"]
+
+    @pytest.mark.parametrize("method", ["symplectic_adjoint", "symplectic_adjoint:rk4"])
+    @pytest.mark.parametrize(
+        ("field", "complaint"),
+        [
+            (lambda t, y: y.sum(), "state's shape"),
+            (lambda t, y: (y,), "state's shape"),
+            (lambda t, y: y.double(), "return the state's dtype"),
+        ],
+    )
+    def test_a_slope_of_the_wrong_kind_is_refused(self, method, field, complaint) -> None:
+        with pytest.raises(ValueError, match=complaint):
+            torchdiffeq.odeint(field, Y0.float(), T.float(), method=method)
+
+    @pytest.mark.parametrize("tensor", ["parameter", "initial state"])
+    def test_what_is_changed_in_place_before_the_backward_pass_raises(self, tensor) -> None:
+        field, y0 = mlp(), Y0.clone()
+        y = torchdiffeq.odeint(field, y0, T, method="symplectic_adjoint")
+        with torch.no_grad():
+            (field.w1 if tensor == "parameter" else y0).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    def test_a_parameter_whose_data_was_swapped_raises(self) -> None:
+        field = mlp()
+        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint")
+        field.w1.data = field.w1.data.clone()
+        with pytest.raises(RuntimeError, match="given other memory"):
+            y.sum().backward()
+
+    def test_an_exception_in_the_backward_pass_leaves_the_next_solve_right(self) -> None:
+        field = mlp()
+        expected = gradients(field, field.w1, "dopri5")
+        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint", options={"first_step": 0.1})
+        handle = field.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            y.sum().backward()
+        handle.remove()
+        assert_same(gradients(field, field.w1, "symplectic_adjoint"), expected)
+        assert_same(torch.autograd.grad((y**2).sum(), field.w1) if y.grad_fn else (), expected)
+
+
+class TestGraphs:
+    def test_backward_twice_with_the_graph_retained(self) -> None:
+        field = mlp()
+        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint")
+        first = torch.autograd.grad(y.sum(), field.w1, retain_graph=True)
+        assert_same(torch.autograd.grad(y.sum(), field.w1), first, 0)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(y.sum(), field.w1)
+
+    def test_several_outputs_in_several_losses(self) -> None:
+        field = mlp()
+        theirs = gradients(field, field.w1, "dopri5", loss=lambda y: y[1].sum() + (y[3] ** 2).sum())
+        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint", options={"first_step": 0.1})
+        one = torch.autograd.grad(y[1].sum(), field.w1, retain_graph=True)[0]
+        two = torch.autograd.grad((y[3] ** 2).sum(), field.w1)[0]
+        assert_same([one + two], theirs)
+
+    def test_second_derivatives_are_refused(self) -> None:
+        field, y0 = mlp(), Y0.clone().requires_grad_()
+        y = torchdiffeq.odeint(field, y0, T, method="symplectic_adjoint")
+        (grad,) = torch.autograd.grad((y**2).sum(), y0, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    def test_autocast_of_the_forward_pass_holds_in_the_backward_pass(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+        seen = []
+        net[0].register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+        y0 = torch.randn(3, 2, generator=generator)
+        found = []
+        for method in ("rk4", "symplectic_adjoint:rk4"):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = torchdiffeq.odeint(lambda t, y: net(y), y0, T.float(), method=method)
+            found.append(torch.autograd.grad(y.sum(), net[0].weight))
+        assert set(seen) == {torch.bfloat16}
+        assert_same(found[1], found[0], 2e-2)  # bfloat16 has 8 bits
+
+    @pytest.mark.parametrize("backward", [True, False])
+    def test_a_solve_leaves_nothing_behind(self, backward) -> None:
+        field = mlp()
+        gc.collect()
+        gc.disable()
+        try:
+            y0 = Y0.clone().requires_grad_()
+            y = torchdiffeq.odeint(field, y0, T, method="symplectic_adjoint")
+            if backward:
+                y.sum().backward()
+            held = weakref.ref(y.grad_fn)
+            initial = weakref.ref(y0)
+            del y, y0
+            assert held() is None
+            assert initial() is None
+        finally:
+            gc.enable()
+
+
+def test_the_gradient_does_not_depend_on_when_odeint_adjoint_was_imported() -> None:
+    from torchdiffeq import odeint_adjoint
+
+    field = mlp()
+    expected = Outcome(field, Y0, T, method="dopri5", rtol=1e-2, atol=1e-2, options={"first_step": 0.1})
+    actual = Outcome(
+        field, Y0, T, odeint=odeint_adjoint, method="symplectic_adjoint", rtol=1e-2, atol=1e-2,
+        options={"first_step": 0.1},
+    )  # fmt: skip
+    assert max(errors(actual, expected).values()) <= 1e-12
