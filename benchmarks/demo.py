@@ -106,7 +106,7 @@ def table(figures: dict[str, dict[str, float]]) -> str:
     ]
     for method, row in figures.items():
         errors = [row["gradient_error_float64"], row["gradient_error_float32"]]
-        shown = ["exact" if error == 0 else f"{error:.1e}" for error in errors]
+        shown = ["reference" if error == 0 else f"{error:.1e}" for error in errors]
         lines.append(
             f"{method:20}{shown[0]:>10}{shown[1]:>10}"
             f"{row['peak_bytes'] / 1e6:15.1f}{row['seconds'] * 1e3:17.0f}{row['evaluations']:15}"

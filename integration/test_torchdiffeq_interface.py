@@ -6,6 +6,7 @@ import functools
 import gc
 import warnings
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ class _Native:
     """A callable whose contents can't be seen."""
 
     __slots__ = ("__weakref__",)
-    functions = weakref.WeakKeyDictionary()
+    functions: ClassVar = weakref.WeakKeyDictionary()
 
     def __init__(self, function) -> None:
         _Native.functions[self] = function
@@ -348,7 +349,7 @@ class TestAdjointInterface:
     def test_the_continuous_adjoint_is_refused_to_who_holds_torchdiffeqs_own_class(self) -> None:
         from torchdiffeq._impl import adjoint
 
-        held, field = adjoint.OdeintAdjointMethod.replaces, mlp()
+        held, field = adjoint.OdeintAdjointMethod.__base__, mlp()
         shapes, func, y0, t, rtol, atol, method, options, event_fn, _ = adjoint._check_inputs(
             field, Y0, T, 1e-3, 1e-3, "symplectic_adjoint", None, None, adjoint.SOLVERS
         )

@@ -46,7 +46,7 @@ def attach(
 class _Record:
     """What the function is handed that needs no gradient."""
 
-    solution: Tensor
+    solution: Tensor | None
     trajectory: Trajectory
     field: VectorField
     time_gradients: TimeGradients
@@ -55,7 +55,7 @@ class _Record:
 
 class _RecordedSolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, record: _Record, initial: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, record: _Record, initial: Tensor, *inputs: Tensor) -> Tensor | None:
         trajectory = record.trajectory
         ctx.record = replace(record, solution=None, trajectory=replace(trajectory, states=[], slopes=[]))
         ctx.addresses = [_address(tensor) for tensor in inputs]

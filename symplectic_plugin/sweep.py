@@ -54,9 +54,9 @@ def sweep(
         The cotangent of the initial state, and those of the times if wanted.
     """
     given = cotangent.reshape(len(cotangent), cotangent[0].numel())
-    back = _StepBack(trajectory, field, sums, given, cotangent.shape[1:])
+    back = _StepBack(trajectory, field, sums, given, cotangent.shape[1:], want_times)
     places = trajectory.outputs
-    times = [_StepTimes(step.h, given) for step in trajectory.steps] if want_times else None
+    times: list[_StepTimes] = []
     adjoint = torch.zeros_like(given[0])
     slope_cotangent: Tensor | None = None
     end = len(places)
@@ -64,11 +64,13 @@ def sweep(
         begin = end
         while begin > 0 and places[begin - 1][0] == n:
             begin -= 1
-        adjoint, slope_cotangent = back(n, begin, end, adjoint, slope_cotangent, times[n] if times else None)
+        adjoint, slope_cotangent, of_step = back(n, begin, end, adjoint, slope_cotangent)
+        if of_step is not None:
+            times.append(of_step)
         end = begin
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)
-    return adjoint.view(cotangent.shape[1:]), None if times is None else _gathered(times, given)
+    return adjoint.view(cotangent.shape[1:]), _gathered(times[::-1], given) if want_times else None
 
 
 class _Coefficients:
@@ -87,7 +89,13 @@ class _StepBack:
     """One step of the partner method."""
 
     def __init__(
-        self, trajectory: Trajectory, field: VectorField, sums: CotangentSums, given: Tensor, shape: torch.Size
+        self,
+        trajectory: Trajectory,
+        field: VectorField,
+        sums: CotangentSums,
+        given: Tensor,
+        shape: torch.Size,
+        want_times: bool,
     ) -> None:
         self.trajectory = trajectory
         self.field = field
@@ -98,6 +106,7 @@ class _StepBack:
         self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
         self.weights = dense.weights(self.theta)
         self.device_weights = self.weights.to(given)
+        self.derivatives = dense.derivatives(self.theta) if want_times else None
         self.plain = _Coefficients(tableau, given)
         self.with_end = _Coefficients(tableau.with_end_stage(), given) if dense.end_stage else self.plain
         # A row a stage: its slope while the step is taken forward again, then, on the way back, xi in its place. So the
@@ -111,8 +120,7 @@ class _StepBack:
         end: int,
         adjoint: Tensor,
         slope_cotangent: Tensor | None,
-        times: _StepTimes | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, _StepTimes | None]:
         """Carry the adjoint from the end of step n to its start.
 
         Args:
@@ -120,10 +128,10 @@ class _StepBack:
             begin, end: which outputs lie in it.
             adjoint: the cotangent of x_{n+1}, flat.
             slope_cotangent: the cotangent of the slope that step n hands on, flat; None where it is zero.
-            times: takes the cotangents of the step's times, if wanted.
 
         Returns:
-            The cotangent of x_n and that of the slope that was handed on to step n, None where none was.
+            The cotangent of x_n; that of the slope that was handed on to step n, None where none was; and those of the
+            step's times, if wanted.
         """
         trajectory, field, rows, shape = self.trajectory, self.field, self.rows, self.shape
         step = trajectory.steps[n]
@@ -137,7 +145,7 @@ class _StepBack:
         given = self.given[begin + 1 : end + 1]
         weights = self.device_weights[begin:end] * h
         weighted = (self.weights[begin:end] != 0).any(0).tolist()
-        derivatives = trajectory.dense.derivatives(self.theta[begin:end]) if times is not None else None
+        times = None if self.derivatives is None else _StepTimes(h, given, self.theta, self.derivatives, begin, end)
 
         def stage(i: int) -> Tensor:
             return (torch.addmv(start, rows[:i].T, scaled[i, :i]) if i else start).view(shape)
@@ -168,31 +176,29 @@ class _StepBack:
 
             if i < handed_on:
                 if times is not None:
-                    times.add_slope(rows[0], of_step, given, derivatives[:, 0])
+                    times.add_slope(0, rows[0], of_step)
                 slope_cotangent = kappa
                 break
             if kappa is not None:
                 slope, product, tau = field.vjp(
                     stage_times[i], stage(i), keywords[i], kappa.view(shape), self.sums, times is not None
                 )
-            elif times is not None and derivatives[:, i].any():
+            elif times is not None and times.needs_slope(i):
                 slope, product, tau = field(stage_times[i], stage(i), keywords[i]), None, None
             else:
                 slope = product = tau = None
             if times is not None and slope is not None:
-                times.add_slope(slope.reshape(-1), of_step, given, derivatives[:, i])
+                times.add_slope(i, slope.reshape(-1), of_step)
                 times.add_stage_time(coefficients.c[i], tau)
             nonzero[i] = product is not None
             rows[i] = 0 if product is None else product.reshape(-1)
         else:
             slope_cotangent = None
 
-        if times is not None:
-            times.finish(self.theta[begin:end])
         adjoint = adjoint + given.sum(0) if end > begin else adjoint
         if any(nonzero):
             adjoint = adjoint + rows[handed_on:s].sum(0)
-        return adjoint, slope_cotangent
+        return adjoint, slope_cotangent, times
 
 
 class _StepTimes:
@@ -203,42 +209,50 @@ class _StepTimes:
     step has the cotangent <g, dx/dtheta> / h, and takes it, and theta times it, from the two.
     """
 
-    def __init__(self, h: float, like: Tensor) -> None:
-        zero = torch.zeros((), dtype=like.real.dtype if like.is_complex() else like.dtype, device=like.device)
+    def __init__(self, h: float, given: Tensor, theta: Tensor, derivatives: Tensor, begin: int, end: int) -> None:
         self.h = h
-        self.start = zero
-        self.size = zero
-        self.outputs = zero.new_zeros(0)
+        self.given = given
+        self.theta = theta[begin:end].tolist()
+        self.derivatives = derivatives[begin:end].tolist()
+        zero = _zero(given)
+        self.start = self.size = zero
+        self.outputs = [zero] * len(self.theta)
 
-    def add_slope(self, slope: Tensor, kappa: Tensor | None, given: Tensor, derivatives: Tensor) -> None:
-        """Slope k_i, flat; kappa_i without phi; the outputs' cotangents; db_i/dtheta at each output."""
+    def needs_slope(self, i: int) -> bool:
+        """Whether slope i matters to the outputs' times, if to nothing else."""
+        return any(row[i] != 0 for row in self.derivatives)
+
+    def add_slope(self, i: int, slope: Tensor, kappa: Tensor | None) -> None:
+        """Add what acts through slope i, flat, whose cotangent, without phi, is kappa."""
         if kappa is not None:
             self.size = self.size + _inner(kappa, slope) / self.h
-        if len(given):
-            if not len(self.outputs):
-                self.outputs = self.start.new_zeros(len(given))
-            if derivatives.any():
-                products = torch.stack([_inner(g, slope) for g in given])
-                self.outputs = self.outputs + derivatives.to(products) * products
+        for m, (theta, row) in enumerate(zip(self.theta, self.derivatives, strict=True)):
+            if row[i] != 0:
+                moved = row[i] * _inner(self.given[m], slope)
+                self.outputs[m] = self.outputs[m] + moved
+                self.start = self.start - moved
+                self.size = self.size - theta * moved
 
     def add_stage_time(self, c: float, tau: Tensor | None) -> None:
+        """Add the cotangent of the time of a stage at c."""
         if tau is not None:
             self.start = self.start + tau
             self.size = self.size + c * tau
 
-    def finish(self, theta: Tensor) -> None:
-        if len(self.outputs):
-            self.start = self.start - self.outputs.sum()
-            self.size = self.size - (theta.to(self.outputs) * self.outputs).sum()
-
 
 def _gathered(times: list[_StepTimes], like: Tensor) -> TimeCotangents:
-    empty = _StepTimes(1.0, like).outputs
+    empty = _zero(like).new_zeros(0)
+    outputs = [output for step in times for output in step.outputs]
     return TimeCotangents(
         torch.stack([step.start for step in times]) if times else empty,
         torch.stack([step.size for step in times]) if times else empty,
-        torch.cat([empty, *(step.outputs for step in times)]),
+        torch.stack(outputs) if outputs else empty,
     )
+
+
+def _zero(like: Tensor) -> Tensor:
+    """A real zero in a state's precision."""
+    return torch.zeros((), dtype=torch.empty(0, dtype=like.dtype).abs().dtype, device=like.device)
 
 
 def _inner(cotangent: Tensor, vector: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,39 +22,39 @@ _ADJOINT_MODULE = "torchdiffeq._impl.adjoint"
 _OWN_OPTIONS = ("adjoint_params",)
 
 
+_replaced: dict[ModuleType, Any] = {}
+"""The module that holds the subclass, and torchdiffeq's own class."""
+
+
 def install(symplectic_adjoint: Any) -> None:
     """Put the subclass in place, once.
 
     Args:
         symplectic_adjoint: the solver class.
     """
-    module = sys.modules[_ADJOINT_MODULE]
-    original = module.OdeintAdjointMethod
-    if hasattr(original, "replaces"):
+    module: Any = sys.modules[_ADJOINT_MODULE]
+    if module in _replaced:
         return
+    original: Any = module.OdeintAdjointMethod
     parameters = inspect.signature(original.forward)
 
-    class OdeintAdjointMethod(original):
-        replaces = original
+    def apply(*args: Any) -> Any:
+        given = parameters.bind(None, *args).arguments
+        method, adjoint_method = solvers().get(given["method"]), solvers().get(given["adjoint_method"])
+        ours = [m for m in (method, adjoint_method) if isinstance(m, type) and issubclass(m, symplectic_adjoint)]
+        return _solve(given, ours[0], method) if ours else original.apply(*args)
 
-        @classmethod
-        def apply(cls, *args: Any) -> Any:
-            given = parameters.bind(None, *args).arguments
-            method, adjoint_method = solvers().get(given["method"]), solvers().get(given["adjoint_method"])
-            ours = [m for m in (method, adjoint_method) if isinstance(m, type) and issubclass(m, symplectic_adjoint)]
-            if not ours:
-                return original.apply(*args)
-            return _solve(given, ours[0], method)
-
-    OdeintAdjointMethod.__module__ = original.__module__
-    OdeintAdjointMethod.__qualname__ = original.__qualname__
-    module.OdeintAdjointMethod = OdeintAdjointMethod
+    _replaced[module] = original
+    module.OdeintAdjointMethod = type(
+        original.__name__, (original,), {"apply": staticmethod(apply), "__module__": original.__module__}
+    )
 
 
 def uninstall() -> None:
     """Put torchdiffeq's own class back."""
-    module = sys.modules[_ADJOINT_MODULE]
-    module.OdeintAdjointMethod = getattr(module.OdeintAdjointMethod, "replaces", module.OdeintAdjointMethod)
+    while _replaced:
+        module, original = _replaced.popitem()
+        module.OdeintAdjointMethod = original  # type: ignore[attr-defined]
 
 
 def _solve(given: dict[str, Any], symplectic_adjoint: Any, method: Any) -> Any:

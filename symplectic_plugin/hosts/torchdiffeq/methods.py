@@ -38,7 +38,7 @@ def is_one_step(solver: Any) -> bool:
     )
 
 
-def base_solver(name: str) -> type:
+def base_solver(name: str) -> Any:
     """The class of a base solver by its name in SOLVERS.
 
     Raises:
@@ -65,7 +65,7 @@ def read_method(solver: Any) -> tuple[ButcherTableau, list[dict[str, Any]]]:
 
 
 @functools.cache
-def _read_own(base: type, perturb: bool) -> tuple[ButcherTableau, list[dict[str, Any]]]:
+def _read_own(base: Any, perturb: bool) -> tuple[ButcherTableau, list[dict[str, Any]]]:
     solver = base.__new__(base)
     solver.perturb = perturb
     return _read(solver)

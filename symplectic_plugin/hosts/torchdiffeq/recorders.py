@@ -136,6 +136,8 @@ class Adaptive(_Recorder):
     """Notes the steps of torchdiffeq's adaptive methods."""
 
     dtype: torch.dtype
+    min_step: Tensor
+    max_step: Tensor
     step_t: Tensor
     jump_t: Tensor
 
@@ -218,7 +220,7 @@ class StartingTime:
     def __init__(self, t: Tensor) -> None:
         self.inputs = (t,)
         self.cut_steps: list[int] = []
-        """Steps cut short to end at a step_t or jump_t: these do not move, so the step's size takes the start's move."""
+        """Steps cut to end at a step_t or jump_t, which does not move: the step's size takes up the start's move."""
 
     def gradients(self, cotangents: TimeCotangents) -> tuple[Tensor]:
         """The cotangent of t."""
