@@ -1,4 +1,4 @@
-"""The digits program trains alike with backpropagation and with the symplectic adjoint: one string is all that differs."""
+"""The digits program trains alike with backpropagation and with the symplectic adjoint: only one string differs."""
 
 from collections.abc import Iterator
 from dataclasses import replace
