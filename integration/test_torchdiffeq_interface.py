@@ -515,3 +515,75 @@ def test_the_gradient_does_not_depend_on_when_odeint_adjoint_was_imported() -> N
         options={"first_step": 0.1},
     )  # fmt: skip
     assert max(errors(actual, expected).values()) <= 1e-12
+
+
+class TestRandomness:
+    """What f draws is drawn again in the backward pass, and the global generators go on as if it were not."""
+
+    @pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+    @pytest.mark.parametrize("jump", [False, True])
+    def test_dropout(self, method, jump) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 2)).double()
+        options = {"first_step": 0.1} if method in ADAPTIVE else {"step_size": 0.1, "interp": "cubic"}
+        if jump and method in ADAPTIVE:
+            options["jump_t"] = T[1:2] + 0.1
+        found, after = [], []
+        for name in (method, f"symplectic_adjoint:{method}"):
+            torch.manual_seed(1)
+            y0 = Y0.clone().requires_grad_()
+            # So loose that the noise of dropout is not mistaken for an error of the solver.
+            y = torchdiffeq.odeint(lambda t, y: net(y), y0, T, method=name, options=options, rtol=10, atol=10)
+            after.append(torch.rand(3))
+            found.append([y.detach(), *torch.autograd.grad((y**2).sum(), (y0, *net.parameters()))])
+            after.append(torch.rand(3))
+        assert_same(found[1], found[0])
+        assert torch.equal(torch.stack(after[:2]), torch.stack(after[2:]))
+
+    def test_numbers_drawn_only_later_on_raise(self) -> None:
+        w = random(2).requires_grad_()
+        field = lambda t, y: w * y + (torch.rand(()) if t > 0.5 else 0)  # noqa: E731
+        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint:rk4", options={"step_size": 0.1})
+        with pytest.raises(RuntimeError, match="drew random numbers"):
+            y.sum().backward()
+
+    def test_several_cubic_outputs_in_a_step_raise(self) -> None:
+        net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3)).double()
+        with pytest.raises(RuntimeError, match="interp='linear'"):
+            torchdiffeq.odeint(
+                lambda t, y: net(y),
+                Y0,
+                T,
+                method="symplectic_adjoint:rk4",
+                options={"step_size": 1.0, "interp": "cubic"},
+            )
+
+
+class TestAnotherFieldInTheBackwardPass:
+    """Rather than a wrong gradient, an error."""
+
+    def test_eval_mode_switched_on_in_between(self) -> None:
+        net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
+        y = torchdiffeq.odeint(lambda t, y: net(y), Y0, T, method="symplectic_adjoint")
+        net.eval()
+        with pytest.raises(RuntimeError, match="returned other values in the backward pass"):
+            y.sum().backward()
+
+    def test_random_numbers_that_are_not_torchs(self) -> None:
+        import random as python_random
+
+        w = random(2).requires_grad_()
+        field = lambda t, y: w * y + python_random.random()  # noqa: E731
+        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint:rk4", options={"step_size": 0.1})
+        with pytest.raises(RuntimeError, match="returned other values in the backward pass"):
+            y.sum().backward()
+
+    def test_batch_norm_in_training_mode_is_exact(self) -> None:
+        net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).double()
+        field = lambda t, y: net(y)  # noqa: E731
+        inputs = tuple(net.parameters())
+        solve = {"options": {"step_size": 0.1}, "loss": lambda y: (y**2).sum()}
+        assert_same(
+            gradients(field, inputs, "symplectic_adjoint:rk4", **solve)[2:],
+            gradients(field, inputs, "rk4", **solve)[2:],
+        )

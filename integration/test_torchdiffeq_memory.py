@@ -57,7 +57,9 @@ def test_growth_per_step_is_the_state_and_no_more() -> None:
     assert peaks[1000] - peaks[100] <= 900 * (STATE + 4 * GRID_POINT)
 
 
-@pytest.mark.parametrize(("method", "states_a_step"), [("dopri5", 1), ("dopri8", 1), ("bosh3", 1), ("adaptive_heun", 2)])
+@pytest.mark.parametrize(
+    ("method", "states_a_step"), [("dopri5", 1), ("dopri8", 1), ("bosh3", 1), ("adaptive_heun", 2)]
+)
 def test_the_slope_is_kept_only_where_it_can_not_be_evaluated_again(method, states_a_step) -> None:
     field = nn.Linear(SIZE, SIZE)
     y0 = torch.randn(BATCH, SIZE, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -84,7 +86,7 @@ def test_one_graph_at_a_time_is_alive() -> None:
     one_evaluation = graph_bytes()
     for steps in (10, 100):
         ours = peak("symplectic_adjoint:rk4", steps)
-        # Beside one evaluation with its backward pass: the checkpoints, the stages, sums of gradients of the parameters.
+        # Beside one evaluation and its backward pass: checkpoints, stages, sums of the parameters' gradients.
         parameters = sum(p.numel() * 4 for p in wide_field().parameters())
         assert ours <= one_evaluation + (steps + 16) * STATE + 2 * parameters
         assert peak("rk4", steps) >= steps * 0.9 * 4 * 2 * BATCH * HIDDEN * 4  # every activation of every evaluation

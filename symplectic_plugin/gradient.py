@@ -87,7 +87,7 @@ class _RecordedSolve(torch.autograd.Function):
         _, needs_initial, *needs = ctx.needs_input_grad
         needs_times, needs_dependencies = needs[: record.n_times], needs[record.n_times :]
         sums = CotangentSums(record.field, needs_dependencies)
-        with without_autocast(cotangent.device):
+        with without_autocast(cotangent.device), record.field.generators.kept():
             initial, times = sweep(trajectory, record.field, sums, cotangent, any(needs_times))
             time_gradients = [None] * record.n_times if times is None else record.time_gradients(times)
         return None, initial if needs_initial else None, *time_gradients, *sums.results()

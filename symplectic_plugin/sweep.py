@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .randomness import GeneratorStates
 from .tableau import ButcherTableau
 from .trajectory import Trajectory
 from .vector_field import CotangentSums, VectorField
@@ -64,10 +65,17 @@ def sweep(
         begin = end
         while begin > 0 and places[begin - 1][0] == n:
             begin -= 1
+        before = None if field.draws else field.generators.states()
         adjoint, slope_cotangent, of_step = back(n, begin, end, adjoint, slope_cotangent)
+        if before is not None and not field.generators.are_at(before):
+            raise RuntimeError(
+                "symplectic_adjoint: the vector field drew random numbers that it did not draw when it was first "
+                "evaluated, so they can't be drawn again. Draw as often in each evaluation, or before the solve."
+            )
         if of_step is not None:
             times.append(of_step)
         end = begin
+    back.require_same_states()
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)
     return adjoint.view(cotangent.shape[1:]), _gathered(times[::-1], given) if want_times else None
@@ -82,6 +90,7 @@ class _Coefficients:
         self.b = tableau.b.tolist()
         self.c = tableau.c.tolist()
         self.matrix = tableau.a.to(like)
+        self.vector = tableau.b.to(like)
         self.used_later = (tableau.a != 0).any(0).tolist()
 
 
@@ -112,6 +121,7 @@ class _StepBack:
         # A row a stage: its slope while the step is taken forward again, then, on the way back, xi in its place. So the
         # stages need s states, and X_i is formed from the slopes before it once more when its turn comes.
         self.rows = given.new_empty(self.with_end.stages, given.shape[1])
+        self.worst_deviation = _zero(given)
 
     def __call__(
         self,
@@ -150,10 +160,20 @@ class _StepBack:
         def stage(i: int) -> Tensor:
             return (torch.addmv(start, rows[:i].T, scaled[i, :i]) if i else start).view(shape)
 
-        # Forward, without graphs, for the slopes that later stages are made of.
+        # Forward, without graphs, for the slopes that later stages are made of. Where f draws random numbers, all
+        # evaluations are made in the order in which the host made them, and what each will draw is noted.
+        draws: list[GeneratorStates | None] = [None] * s
+        if step.first_draw is not None:
+            field.generators.set(step.first_draw)
+        elif step.draws is not None:
+            field.generators.set(step.draws)
         for i in range(s):
+            if i == 1 and step.draws is not None and (step.first_draw is not None or step.slope_handed_on):
+                field.generators.set(step.draws)
+            if step.draws is not None:
+                draws[i] = field.generators.states()
             slope = trajectory.slopes[n] if i == 0 else None
-            if slope is None and coefficients.used_later[i]:
+            if slope is None and (coefficients.used_later[i] or (step.draws is not None and i < s - 1)):
                 slope = field(stage_times[i], stage(i), keywords[i])
             if slope is not None:
                 rows[i] = slope.reshape(-1)
@@ -179,6 +199,8 @@ class _StepBack:
                     times.add_slope(0, rows[0], of_step)
                 slope_cotangent = kappa
                 break
+            if (draw := draws[i]) is not None:
+                field.generators.set(draw)
             if kappa is not None:
                 slope, product, tau = field.vjp(
                     stage_times[i], stage(i), keywords[i], kappa.view(shape), self.sums, times is not None
@@ -190,6 +212,8 @@ class _StepBack:
             if times is not None and slope is not None:
                 times.add_slope(i, slope.reshape(-1), of_step)
                 times.add_stage_time(coefficients.c[i], tau)
+            if i == last:
+                self._compare(n, start, coefficients, slope)
             nonzero[i] = product is not None
             rows[i] = 0 if product is None else product.reshape(-1)
         else:
@@ -199,6 +223,34 @@ class _StepBack:
         if any(nonzero):
             adjoint = adjoint + rows[handed_on:s].sum(0)
         return adjoint, slope_cotangent, times
+
+    def _compare(self, n: int, start: Tensor, coefficients: _Coefficients, last_slope: Tensor | None) -> None:
+        """Note how far from the state that the solve went on with the step ends now."""
+        last = self.trajectory.tableau.stages - 1
+        if n + 1 == len(self.trajectory.states) or (last_slope is None and coefficients.b[last] != 0):
+            return
+        expected = self.trajectory.states[n + 1].reshape(-1)
+        weights = coefficients.vector[: last + 1] * self.trajectory.steps[n].h
+        actual = torch.addmv(start, self.rows[:last].T, weights[:last])
+        if coefficients.b[last] != 0 and last_slope is not None:
+            actual = torch.add(actual, last_slope.reshape(-1).to(actual.dtype) * weights[last])
+        deviation = torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected)
+        self.worst_deviation = torch.fmax(self.worst_deviation, deviation)
+
+    def require_same_states(self) -> None:
+        """Refuse a vector field that is another one now.
+
+        Raises:
+            RuntimeError: if a step of the solve, taken again, ended elsewhere.
+        """
+        worst = float(self.worst_deviation)  # at the end, since it waits for the device
+        if worst > self.field.rounding**0.5:
+            raise RuntimeError(
+                "symplectic_adjoint: the vector field returned other values in the backward pass than in the forward "
+                f"pass (a step ended {worst:.0e} off, relative to the state), so the gradient would be wrong. What it "
+                "depends on must not change in between: modules in train or eval mode, counters and caches, random "
+                "numbers that are not torch's."
+            )
 
 
 class _StepTimes:

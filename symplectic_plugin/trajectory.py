@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .randomness import GeneratorStates
 from .tableau import ButcherTableau
 
 
@@ -26,6 +27,8 @@ class Step:
         h: its size, as the host used it.
         slope_handed_on: whether its first slope is the last one of the step before, so that f was not evaluated for it.
         first_keywords: keyword arguments with which the host evaluated f for the first slope, wherever it did.
+        first_draw: where the random number generators were when it did, if that was outside the step and f draws.
+        draws: where they were when it evaluated f first in the step, if f draws.
     """
 
     t0: float
@@ -33,6 +36,8 @@ class Step:
     h: float
     slope_handed_on: bool
     first_keywords: Mapping[str, Any]
+    first_draw: GeneratorStates | None = None
+    draws: GeneratorStates | None = None
 
 
 class DenseOutput(ABC):

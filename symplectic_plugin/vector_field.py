@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from .dependencies import captured_tensors, edge_of, graph_inputs
+from .randomness import Generators
 
 Keywords = Mapping[str, Any]
 
@@ -28,6 +29,9 @@ class VectorField:
     Attributes:
         dependencies: the tensors that f depends on and that gradients go to, once `discover` has run.
         left_out: those that it depends on and that get none, because of `only`.
+        draws: whether it was seen to draw random numbers.
+        generators: those that it may draw from.
+        rounding: the relative rounding error of what it returns.
     """
 
     def __init__(
@@ -40,6 +44,9 @@ class VectorField:
         self.function = function
         self.dependencies = [tensor for tensor in dict.fromkeys(named) if tensor.requires_grad]
         self.left_out: list[Tensor] = []
+        self.draws = False
+        self.rounding = 0.0
+        self.generators = Generators(device)
         self._only = only
         self._own_leaves = 0
         self._autocast = [
@@ -49,7 +56,7 @@ class VectorField:
         self._known_edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
 
     def discover(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
-        """Evaluate f with a graph, and take what it is seen to depend on and what it holds into `dependencies`.
+        """Evaluate f with a graph: take what it is seen to depend on and what it holds into `dependencies`.
 
         Returns:
             The slope, without its graph.
@@ -59,12 +66,18 @@ class VectorField:
         """
         held = captured_tensors(self.function)
         edges = {edge_of(tensor): tensor for tensor in held if not tensor.is_leaf}
+        before = self.generators.states()
         with torch.enable_grad():
             leaf, argument = _as_argument(x)
             t = t.detach()
             slope = self.function(t, argument, **keywords)
+        self.draws = not self.generators.are_at(before)
         if not isinstance(slope, Tensor):
             return slope
+        # Under autocast f may return a less precise type than the state's.
+        self.rounding = max(
+            torch.finfo(kind).eps for kind in (x.dtype, slope.dtype) if kind.is_floating_point or kind.is_complex
+        )
         found = graph_inputs(slope, argument.grad_fn, self._known_edges | edges.keys())
         if found.older is not None:
             raise RuntimeError(_lost(f"that was computed from others before the solve, by {found.older.name()}"))
@@ -112,7 +125,8 @@ class VectorField:
         strangers = self._strangers(slope, argument, (leaf, t, *sums.inputs))
         if len(strangers) > self._own_leaves:
             # f may make leaves of its own (`x.detach().requires_grad_()`): those are new ones in each evaluation.
-            again = self._with_graph(t, x, keywords, sums, want_time)
+            with self.generators.kept():
+                again = self._with_graph(t, x, keywords, sums, want_time)
             if strangers & self._strangers(again[3], again[2], (again[0], again[1], *sums.inputs)):
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
             self._own_leaves = len(strangers)

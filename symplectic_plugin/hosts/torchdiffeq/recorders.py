@@ -13,6 +13,7 @@ from torch import Tensor
 from torchdiffeq._impl.misc import Perturb
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 
+from ...randomness import GeneratorStates
 from ...sweep import TimeCotangents
 from ...trajectory import Step, Trajectory
 from ...vector_field import VectorField
@@ -38,6 +39,16 @@ class RecordedField:
         self.initial = initial
         self.discover = False
         self.evaluated_after_jump = False
+        # Where the generators were, if f draws: before the first evaluation of this step, before the latest one, and
+        # before the one outside of a step that gave its first slope.
+        self.draws: GeneratorStates | None = None
+        self.last_draw: GeneratorStates | None = None
+        self.first_draw: GeneratorStates | None = None
+
+    def begin_step(self) -> None:
+        """Forget what was noted of the evaluations before."""
+        self.evaluated_after_jump = False
+        self.draws = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.func, name)  # the callbacks
@@ -47,9 +58,15 @@ class RecordedField:
         if perturb is Perturb.NEXT:
             self.evaluated_after_jump = True
         if not self.discover:
+            if self.field.draws:
+                self.last_draw = self.field.generators.states()
+                self.draws = self.draws or self.last_draw
             return self.field(t, y, keywords)
         self.discover = False
+        before = self.field.generators.states()
         slope = self.field.discover(t, y, keywords)
+        if self.field.draws:
+            self.first_draw = self.last_draw = self.draws = before
         if not isinstance(slope, Tensor) or slope.shape != y.shape:
             got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
             raise ValueError(
@@ -117,9 +134,14 @@ class _Recorder:
         assert self.trajectory is not None
         steps = self.trajectory.steps
         ends = [step.t1 for step in steps]
-        places = []
+        places: list[tuple[int, float]] = []
         for t in times:
             n = bisect.bisect_left(ends, t)
+            if self.trajectory.dense.end_stage and steps[n].draws is not None and places and places[-1][0] == n:
+                raise RuntimeError(
+                    "symplectic_adjoint: func draws random numbers, and interp='cubic' evaluates it anew for each "
+                    "output time: with several in one step there is no gradient. Use interp='linear' or smaller steps"
+                )
             places.append((n, (t - steps[n].t0) / (steps[n].t1 - steps[n].t0)))
         return places
 
@@ -154,12 +176,15 @@ class Adaptive(_Recorder):
         return t[1:].to(self.dtype).tolist()
 
     def _adaptive_step(self, rk_state: Any) -> Any:
-        self.func.evaluated_after_jump = False
+        self.func.begin_step()
         new = super()._adaptive_step(rk_state)  # type: ignore[misc]
         if self.trajectory is not None and new.t1 is not rk_state.t1:
             if (len(self.step_t) or len(self.jump_t)) and self._accepted_size != self._proposed_size(rk_state.dt):
                 self._times.cut_steps.append(len(self.trajectory.steps))
-            slope_needed = self._slope_handed_on and not self.trajectory.tableau.first_same_as_last
+            # Else it can be evaluated again from the state: but not where f drew numbers for it two steps ago.
+            slope_needed = self._slope_handed_on and (
+                not self.trajectory.tableau.first_same_as_last or self.func.draws is not None
+            )
             self.note(
                 Step(
                     float(rk_state.t1),
@@ -167,12 +192,15 @@ class Adaptive(_Recorder):
                     float(self._accepted_size),
                     self._slope_handed_on,
                     self._first_keywords,
+                    None if self._slope_handed_on else self.func.first_draw,
+                    self.func.draws,
                 ),
                 rk_state.y1,
                 rk_state.f1.clone() if slope_needed else None,  # a copy: it is a view of all slopes of its step
             )
             # After a jump the host evaluates the slope anew, on the other side.
             self._slope_handed_on = not self.func.evaluated_after_jump
+            self.func.first_draw = self.func.last_draw
             self._first_keywords = self.trajectory.keywords[-1] if self._slope_handed_on else {"perturb": Perturb.NEXT}
         return new
 
@@ -209,9 +237,12 @@ class FixedGrid(_Recorder):
         return t[1:].tolist()
 
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
+        self.func.begin_step()
+        result = super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
         if self.trajectory is not None:
-            self.note(Step(float(t0), float(t1), float(dt), False, self.trajectory.keywords[0]), y0, None)
-        return super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
+            keywords = self.trajectory.keywords[0]
+            self.note(Step(float(t0), float(t1), float(dt), False, keywords, None, self.func.draws), y0, None)
+        return result
 
 
 class StartingTime:
