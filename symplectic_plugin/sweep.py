@@ -13,6 +13,7 @@ algorithm 2, with outputs inside steps and slopes handed on.)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,13 +61,14 @@ def sweep(
     times: list[_StepTimes] = []
     adjoint = torch.zeros_like(given[0])
     slope_cotangent: Tensor | None = None
+    last = trajectory.tableau.stages - 1
     end = len(places)
     for n in reversed(range(len(trajectory.steps))):
         begin = end
         while begin > 0 and places[begin - 1][0] == n:
             begin -= 1
         before = None if field.draws else field.generators.states()
-        adjoint, slope_cotangent, of_step = back(n, begin, end, adjoint, slope_cotangent)
+        adjoint, slope_cotangent, of_step = back(n, begin, end, adjoint, {last: slope_cotangent})
         if before is not None and not field.generators.are_at(before):
             raise RuntimeError(
                 "symplectic_adjoint: the vector field drew random numbers that it did not draw when it was first "
@@ -79,6 +81,33 @@ def sweep(
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)
     return adjoint.view(cotangent.shape[1:]), _gathered(times[::-1], given) if want_times else None
+
+
+def sweep_step(
+    trajectory: Trajectory,
+    field: VectorField,
+    sums: CotangentSums,
+    cotangent: Tensor,
+    slope_cotangents: Mapping[int, Tensor | None],
+    want_times: bool,
+) -> tuple[Tensor, Tensor | None, TimeCotangents | None]:
+    """Carry cotangents back over a trajectory's only step.
+
+    Args:
+        trajectory: the step, without outputs.
+        field, sums, want_times: as for `sweep`.
+        cotangent: of the state at its end.
+        slope_cotangents: by stage, of its slopes, in the state's shape; None for zero.
+
+    Returns:
+        The cotangent of the state at its start, that of its first slope if that was handed on, and those of its times.
+    """
+    flat = {i: None if slope is None else slope.reshape(-1) for i, slope in slope_cotangents.items()}
+    nothing = cotangent.new_zeros(1, cotangent.numel())
+    back = _StepBack(trajectory, field, sums, nothing, cotangent.shape, want_times)
+    adjoint, first_slope, times = back(0, 0, 0, cotangent.reshape(-1), flat)
+    first_slope = None if first_slope is None else first_slope.view(cotangent.shape)
+    return adjoint.view(cotangent.shape), first_slope, None if times is None else _gathered([times], nothing)
 
 
 class _Coefficients:
@@ -129,7 +158,7 @@ class _StepBack:
         begin: int,
         end: int,
         adjoint: Tensor,
-        slope_cotangent: Tensor | None,
+        slope_cotangents: Mapping[int, Tensor | None],
     ) -> tuple[Tensor, Tensor | None, _StepTimes | None]:
         """Carry the adjoint from the end of step n to its start.
 
@@ -137,7 +166,8 @@ class _StepBack:
             n: which step.
             begin, end: which outputs lie in it.
             adjoint: the cotangent of x_{n+1}, flat.
-            slope_cotangent: the cotangent of the slope that step n hands on, flat; None where it is zero.
+            slope_cotangents: by stage, the cotangents of slopes that are used outside the step, flat, None for zero:
+                that of the last one, where it is handed on.
 
         Returns:
             The cotangent of x_n; that of the slope that was handed on to step n, None where none was; and those of the
@@ -182,6 +212,7 @@ class _StepBack:
         handed_on = 1 if step.slope_handed_on else 0
         last = trajectory.tableau.stages - 1
         nonzero = [False] * s
+        first_slope_cotangent: Tensor | None = None
         for i in reversed(range(s)):
             kappa: Tensor | None = None
             if any(nonzero[j] and a[j][i] != 0 for j in range(i + 1, s)):
@@ -191,13 +222,13 @@ class _StepBack:
             if weighted[i]:
                 kappa = torch.mv(given.T, weights[:, i]) if kappa is None else kappa.addmv_(given.T, weights[:, i])
             of_step = kappa
-            if i == last and slope_cotangent is not None:
-                kappa = slope_cotangent if kappa is None else kappa + slope_cotangent
+            if (outside := slope_cotangents.get(i)) is not None:
+                kappa = outside if kappa is None else kappa + outside
 
             if i < handed_on:
                 if times is not None:
                     times.add_slope(0, rows[0], of_step)
-                slope_cotangent = kappa
+                first_slope_cotangent = kappa
                 break
             if (draw := draws[i]) is not None:
                 field.generators.set(draw)
@@ -216,13 +247,11 @@ class _StepBack:
                 self._compare(n, start, coefficients, slope)
             nonzero[i] = product is not None
             rows[i] = 0 if product is None else product.reshape(-1)
-        else:
-            slope_cotangent = None
 
         adjoint = adjoint + given.sum(0) if end > begin else adjoint
         if any(nonzero):
             adjoint = adjoint + rows[handed_on:s].sum(0)
-        return adjoint, slope_cotangent, times
+        return adjoint, first_slope_cotangent, times
 
     def _compare(self, n: int, start: Tensor, coefficients: _Coefficients, last_slope: Tensor | None) -> None:
         """Note how far from the state that the solve went on with the step ends now."""

@@ -33,6 +33,8 @@ class ButcherTableau:
         a: coefficients of the slopes in the stages, shape (s, s).
         b: weights of the slopes in the solution, shape (s,).
         c: times of the stages in units of the step, shape (s,), equal to the row sums of `a`.
+        rounding: how far the row sums may be off, relative to the row's entries; larger for coefficients that a host
+            keeps in single precision.
 
     All are converted to float64 on the CPU.
 
@@ -43,6 +45,7 @@ class ButcherTableau:
     a: Tensor
     b: Tensor
     c: Tensor
+    rounding: float = _ROUNDING
 
     def __post_init__(self) -> None:
         for name in ("a", "b", "c"):
@@ -59,7 +62,7 @@ class ButcherTableau:
                 f"got {tuple(self.a.shape)} and {tuple(self.c.shape)}"
             )
         scale = 1 + self.a.abs().sum(1)
-        off = (self.a.sum(1) - self.c).abs() > _ROUNDING * scale
+        off = (self.a.sum(1) - self.c).abs() > self.rounding * scale
         if off.any():
             i = int(off.nonzero()[0])
             raise ValueError(
@@ -87,7 +90,7 @@ class ButcherTableau:
         a = torch.zeros(s + 1, s + 1, dtype=torch.float64)
         a[:s, :s], a[s, :s] = self.a, self.b
         one = torch.ones(1, dtype=torch.float64)
-        return ButcherTableau(a, torch.cat([self.b, 0 * one]), torch.cat([self.c, one]))
+        return ButcherTableau(a, torch.cat([self.b, 0 * one]), torch.cat([self.c, one]), self.rounding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +141,7 @@ def partner_tableau(tableau: ButcherTableau) -> PartnerTableau:
     return PartnerTableau(a, weights, tableau.c.clone(), e)
 
 
-def read_tableau(step: StepFunction) -> ButcherTableau:
+def read_tableau(step: StepFunction, rounding: float = _ROUNDING) -> ButcherTableau:
     """Read a method's tableau off one of its steps.
 
     The stages of a Runge-Kutta method are linear in the slopes. So one step of size 1 from 0, with an f that answers
@@ -148,6 +151,7 @@ def read_tableau(step: StepFunction) -> ButcherTableau:
     Args:
         step: `step(f, t, x, h)` returns the solution at t + h of dx/dt = f(t, x) from x at t. `t` and `h` are float64
             scalars, `x` is a float64 vector. `f(t, x, **anything)` may be called any number of times.
+        rounding: the relative rounding error of the method's coefficients.
 
     Returns:
         The tableau, explicit by construction.
@@ -156,10 +160,10 @@ def read_tableau(step: StepFunction) -> ButcherTableau:
         ValueError: if the step is not an explicit Runge-Kutta step: it is not linear in the slopes, its coefficients
             change from call to call (a multistep method), or with h or the slopes (an iteration).
     """
-    return probe(step)[0]
+    return probe(step, rounding)[0]
 
 
-def probe(step: StepFunction) -> tuple[ButcherTableau, list[dict[str, Any]]]:
+def probe(step: StepFunction, rounding: float = _ROUNDING) -> tuple[ButcherTableau, list[dict[str, Any]]]:
     """`read_tableau`, and the keyword arguments that the step hands to f at each stage."""
     stages = len(_run(step, lambda i, x: torch.zeros_like(x), 1)[1])
     _require(stages > 0, "does not evaluate f")
@@ -175,7 +179,7 @@ def probe(step: StepFunction) -> tuple[ButcherTableau, list[dict[str, Any]]]:
     c = torch.stack([t for t, _, _ in calls])
     _require(not a.triu().any(), "has a stage that moves without a slope to move it")
     try:
-        tableau = ButcherTableau(a, b, c)
+        tableau = ButcherTableau(a, b, c, rounding)
     except ValueError as error:
         raise ValueError(f"read_tableau: not an explicit Runge-Kutta step: {error}") from None
 
