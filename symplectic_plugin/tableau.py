@@ -163,6 +163,25 @@ def read_tableau(step: StepFunction, rounding: float = _ROUNDING) -> ButcherTabl
     return probe(step, rounding)[0]
 
 
+def read_rounded_tableau(step: StepFunction, stages: int, t: Tensor, h: Tensor, dtype: torch.dtype) -> ButcherTableau:
+    """A method's tableau as one step of its rounds it, where the step mixes precisions.
+
+    Args:
+        step: as for `read_tableau`.
+        stages: the method's number of stages.
+        t: the time at the step's start.
+        h: the step's size, in the dtype that the step is given.
+        dtype: the state's, real.
+    """
+    unit = torch.eye(stages, dtype=dtype)
+    x0 = torch.zeros(stages, dtype=dtype)
+    x1, calls = _run(step, lambda i, x: unit[i].clone(), stages, x0, t, h)
+    size = h.double().reshape(())
+    a = torch.stack([x.double() for _, x, _ in calls]) / size
+    c = (torch.stack([time for time, _, _ in calls]) - t.double().reshape(())) / size
+    return ButcherTableau(a, x1.double() / size, c, rounding=float("inf"))
+
+
 def probe(step: StepFunction, rounding: float = _ROUNDING) -> tuple[ButcherTableau, list[dict[str, Any]]]:
     """`read_tableau`, and the keyword arguments that the step hands to f at each stage."""
     stages = len(_run(step, lambda i, x: torch.zeros_like(x), 1)[1])

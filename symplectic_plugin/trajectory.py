@@ -6,7 +6,7 @@ A host adapter fills a `Trajectory` while the host solves; nothing below it know
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,19 @@ class DenseOutput(ABC):
             return torch.autograd.grad(linear.sum(), u)[0]
 
 
+class NoOutputs(DenseOutput):
+    """For a trajectory whose outputs, if any, the host makes by itself."""
+
+    def __init__(self, stages: int) -> None:
+        self.stages = stages
+
+    def weights(self, theta: Tensor) -> Tensor:
+        return torch.zeros(len(theta), self.stages, dtype=torch.float64)
+
+    def derivatives(self, theta: Tensor) -> Tensor:
+        return self.weights(theta)
+
+
 @dataclass
 class Trajectory:
     """A recorded solve.
@@ -82,7 +95,7 @@ class Trajectory:
     hands_on_slope: bool
     keywords: list[dict[str, Any]]
     dense: DenseOutput
-    stage_times: Callable[[Step], Tensor]
+    stage_times: Callable[[Step], Sequence[Tensor] | Tensor]
     steps: list[Step] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     slopes: list[Tensor | None] = field(default_factory=list)

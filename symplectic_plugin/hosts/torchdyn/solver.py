@@ -1,0 +1,341 @@
+"""torchdyn's solvers with an exact gradient: each step is a node of the graph, and keeps the state at its start.
+
+torchdyn's integration loops call `solver.step`, and so do those for events and for multiple shooting. A step of a
+Runge-Kutta method is taken without a graph and gets its gradient from the adjoint sweep; a step of any other kind
+(hypersolvers, asynchronous leapfrog, a user's own) is recomputed as a whole by `torch.utils.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
+
+from ...dependencies import captured_tensors
+from ...gradient import attach_step
+from ...randomness import Generators, GeneratorStates
+from ...tableau import ButcherTableau, read_rounded_tableau, read_tableau
+from ...trajectory import NoOutputs, Step, Trajectory
+from ...vector_field import VectorField
+from . import step_sizes
+from .step_sizes import SolverOrder
+
+_NAME = "symplectic_adjoint"
+
+
+class SymplecticAdjoint:
+    """What torchdyn's SOLVER_DICT holds as "symplectic_adjoint": tsit5, `NeuralODE`'s default, with an exact gradient.
+
+    As torchdyn's own solver classes it is called with a dtype, and gives a solver: `str_to_solver(name, dtype)`.
+    """
+
+    solver: ClassVar[str] = "tsit5"
+
+    def __new__(cls, dtype: torch.dtype = torch.float32) -> Any:
+        return with_adjoint(SOLVER_DICT[cls.solver](dtype))
+
+    @classmethod
+    def variants(cls, name: str, registry: Mapping[str, Any]) -> dict[str, Any]:
+        """The same for each solver that there is: "symplectic_adjoint:rk4" and so on."""
+        return {
+            f"{name}:{base}": type(f"{cls.__name__}_{base}", (cls,), {"solver": base, "__doc__": cls.__doc__})
+            for base in registry
+        }
+
+    @classmethod
+    def install(cls) -> None:
+        """Keep torchdyn's choice of the first step size out of gradients; offer multiple shooting with our steps."""
+        step_sizes.install()
+        for name, solver in list(MS_SOLVER_DICT.items()):
+            MS_SOLVER_DICT.setdefault(f"{_NAME}:{name}", functools.partial(_shooting_with_adjoint, solver))
+
+    @classmethod
+    def uninstall(cls) -> None:
+        """Undo `install`."""
+        step_sizes.uninstall()
+        for name in [name for name in MS_SOLVER_DICT if name.startswith(f"{_NAME}:")]:
+            del MS_SOLVER_DICT[name]
+
+
+def _shooting_with_adjoint(solver: Callable[[], Any]) -> Any:
+    return with_adjoint(solver())
+
+
+def with_adjoint(solver: Any, params: Iterable[Tensor] = ()) -> Any:
+    """A solver of torchdyn's, or one with its interface, that does the same and has an exact gradient.
+
+    Args:
+        solver: an instance; it is copied, its parameters (a hypersolver's network) are shared.
+        params: tensors that the vector field depends on, in addition to those that are found.
+
+    Raises:
+        ValueError: if its step can't be differentiated.
+    """
+    if isinstance(solver, _AdjointSteps):
+        return solver
+    if isinstance(solver, ImplicitEuler | ParallelImplicitEuler):
+        raise ValueError(
+            f"{_NAME}: torchdyn's {type(solver).__name__} minimises a residual and returns the result as a new leaf, so "
+            "its step has no gradient (sensitivity='autograd' silently gives none either). Use an explicit solver."
+        )
+    result = copy.copy(solver)
+    if hasattr(solver, "coarse_method"):  # multiple shooting: a solver made of two
+        result._modules = dict(solver._modules)
+        result.coarse_method = with_adjoint(solver.coarse_method, params)
+        result.fine_method = with_adjoint(solver.fine_method, params)
+        return result
+    result.__class__ = _adjoint_class(type(solver))
+    result.params = tuple(params)
+    result.begin()
+    return result
+
+
+@functools.cache
+def _adjoint_class(base: type) -> type:
+    return type(base.__name__, (_AdjointSteps, base), {"__module__": base.__module__, "base": base})
+
+
+def _restored(base: type) -> Any:
+    return base.__new__(_adjoint_class(base))
+
+
+class _AdjointSteps:
+    """Mixed into a solver class of torchdyn's: steps with an exact gradient."""
+
+    base: ClassVar[Any]
+    params: tuple[Tensor, ...] = ()
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def order(self) -> SolverOrder:
+        """The method's order, by which torchdyn's `init_step` finds this solver."""
+        return SolverOrder.of(self.__dict__["order"], self)
+
+    @order.setter
+    def order(self, value: int) -> None:
+        self.__dict__["order"] = value
+
+    def begin(self) -> None:
+        """Begin a solve: forget the one before."""
+        self.__dict__["solve"] = _Solve()
+
+    def sync_device_dtype(self, x: Any, t_span: Any) -> Any:
+        """As in torchdyn, whose loops call it first."""
+        self.begin()
+        return super().sync_device_dtype(x, t_span)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, and a solve is nothing to keep.
+        state = {name: value for name, value in self.__dict__.items() if name != "solve"}
+        return _restored, (self.base,), {**state, "solve": _Solve()}
+
+    def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None) -> Any:
+        """torchdyn's step, with a gradient for the state, the time and size, the slope handed on, and all f depends on.
+
+        Raises:
+            ValueError: if the step can't be differentiated.
+        """
+        if not torch.is_grad_enabled():
+            return super().step(f, x, t, dt, k1=k1, args=args)  # type: ignore[misc]
+        solve: _Solve = self.__dict__["solve"]
+        if solve.function is not f:
+            solve.enter(self, f, x)
+        if solve.tableau is None or not isinstance(x, Tensor) or t.numel() != 1 or dt.numel() != 1:
+            return self._recomputed_step(f, x, t, dt, k1, args)
+        return self._runge_kutta_step(solve, f, x, t, dt, k1, args)
+
+    def _runge_kutta_step(
+        self, solve: _Solve, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any
+    ) -> Any:
+        """A step taken without a graph, with the adjoint sweep as its backward pass."""
+        assert solve.field is not None
+        assert solve.tableau is not None
+        field, evaluate = solve.field, _Evaluations(solve, self.loss is not None)
+        with torch.no_grad():
+            given = None if k1 is None else k1.detach()
+            last, end, error, *more = super().step(  # type: ignore[misc]
+                evaluate, x.detach(), t.detach(), dt.detach(), k1=given, args=args
+            )
+        # Where the first slope was evaluated just before, or is the last one of the step that led here, it can be
+        # evaluated again, unless f draws random numbers for it.
+        at_start = solve.is_at_start(k1, x)
+        of_step_before = k1 is not None and getattr(k1, "symplectic_adjoint_state", lambda: None)() is x
+        recomputed = (at_start or of_step_before) and not field.draws
+        if self.loss is not None and k1 is not None and not recomputed:
+            raise ValueError(f"{_NAME}: integral_loss needs a vector field that draws no random numbers")
+        fresh = k1 is None or (recomputed and (at_start or self.loss is not None))
+        step = Step(float(t), float(t) + float(dt), float(dt), not fresh, {}, None, evaluate.draws)
+        tableau = solve.tableau
+        if not t.dtype == dt.dtype == x.abs().dtype:
+            tableau = read_rounded_tableau(_step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
+        stage_times = _StageTimes(tableau.c.tolist(), t.shape, torch.promote_types(t.dtype, dt.dtype), t.device)
+        outputs = NoOutputs(tableau.stages)
+        trajectory = Trajectory(tableau, not fresh, [{}] * tableau.stages, outputs, stage_times, steps=[step])
+        stages = more[0] if more else ()
+        evaluated = {i: stage for i, stage in enumerate(stages) if i > 0 or k1 is None}
+        end, slopes = attach_step(
+            end, evaluated, trajectory, field, x, (t, dt), None if fresh else k1, not recomputed, self.loss is not None
+        )
+        if not more:
+            return None, end, error
+        stages = tuple(slopes.get(i, k1) for i in range(len(stages)))
+        if tableau.first_same_as_last:
+            stages[-1].symplectic_adjoint_state = weakref.ref(end)
+        return stages[-1], end, error, stages
+
+    def _recomputed_step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
+        """A step that is not a Runge-Kutta step: its graph is made again when its turn comes."""
+        if self.loss is not None:
+            raise ValueError(
+                f"{_NAME}: integral_loss needs a Runge-Kutta method, whose weights are its quadrature's; "
+                f"{type(self).__name__} is none. Use sensitivity='autograd'."
+            )
+        solve: _Solve = self.__dict__["solve"]
+        state = x if isinstance(x, Tensor) else next(iter(x.values()))
+        generators = Generators(state.device)
+        before = generators.states()
+        step = functools.partial(super().step, args=args)  # type: ignore[misc]
+        # Their states are larger than many a state of a model, so they are kept only if need be.
+        result = checkpoint(step, f, x, t, dt, k1=k1, use_reentrant=False, preserve_rng_state=solve.may_draw)
+        solve.may_draw = not generators.are_at(before)
+        state = result[1]
+        if isinstance(state, Tensor) and state.is_leaf and state.requires_grad:
+            raise ValueError(
+                f"{_NAME}: the step of {type(self).__name__} returns a new leaf, so it has no gradient "
+                "(sensitivity='autograd' silently gives none either). Use another solver."
+            )
+        return result
+
+
+class _Solve:
+    """What is known of the solve that a solver is taking steps of."""
+
+    def __init__(self) -> None:
+        self.function: Any = None
+        self.field: VectorField | None = None
+        self.tableau: ButcherTableau | None = None
+        self.discovered = False
+        self.may_draw = True
+        self._slope_at_start: tuple[Any, Any] | None = None
+
+    def enter(self, solver: Any, f: Any, x: Any) -> None:
+        """Begin with a vector field."""
+        self.function = f
+        self.tableau = _tableau(solver)
+        self.discovered = False
+        if self.tableau is not None and isinstance(x, Tensor):
+            function = f if solver.loss is None else _WithLoss(f, solver.loss, x.shape)
+            self.field = VectorField(function, x.device, solver.params)
+
+    def note_slope_at_start(self, slope: Tensor, state: Tensor) -> None:
+        """Take note of a slope that was evaluated at a state, and will be handed to the step from there."""
+        self._slope_at_start = weakref.ref(slope), weakref.ref(state)
+
+    def is_at_start(self, slope: Tensor | None, state: Tensor) -> bool:
+        """Whether the slope is the one that was noted, with this state."""
+        if slope is None or self._slope_at_start is None:
+            return False
+        return self._slope_at_start[0]() is slope and self._slope_at_start[1]() is state
+
+
+class _WithLoss:
+    """f and the integrand of a loss, as one vector field of the state, flattened, and the integral."""
+
+    def __init__(self, f: Any, loss: Any, shape: torch.Size) -> None:
+        self.f = f
+        self.loss = loss
+        self.shape = shape
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        state = x[:-1].view(self.shape)
+        slope = self.f(t, state)
+        return torch.cat([slope.reshape(-1), self.loss(t, state).sum().reshape(1).to(slope)])
+
+
+class _Evaluations:
+    """The vector field as a step calls it: without graphs, but for the one that shows what it depends on."""
+
+    def __init__(self, solve: _Solve, with_loss: bool) -> None:
+        self.solve = solve
+        self.with_loss = with_loss
+        self.draws: GeneratorStates | None = None
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        field = self.solve.field
+        assert field is not None
+        argument = torch.cat([x.reshape(-1), x.new_zeros(1)]) if self.with_loss else x
+        if self.solve.discovered:
+            if field.draws and self.draws is None:
+                self.draws = field.generators.states()
+            slope = field(t, argument, {})
+        else:
+            before = field.generators.states()
+            slope = field.discover(t, argument, {})
+            self.draws = before if field.draws else None
+            self.solve.discovered = True
+            if not isinstance(slope, Tensor) or slope.shape != argument.shape:
+                got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+                raise ValueError(
+                    f"{_NAME}: the vector field must return a tensor of the state's shape {tuple(x.shape)}, got {got}"
+                )
+        return slope[:-1].view(x.shape) if self.with_loss else slope
+
+
+class _StageTimes:
+    """The times that torchdyn hands to f in a step."""
+
+    def __init__(self, c: list[float], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.c = c
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+
+    def __call__(self, step: Step) -> list[Tensor]:
+        start = torch.full(self.shape, step.t0, dtype=self.dtype, device=self.device)
+        return [start + c * step.h for c in self.c]
+
+
+def _tableau(solver: Any) -> ButcherTableau | None:
+    """The tableau of a solver as it is now, None if it is not an explicit Runge-Kutta method with constant coefficients."""
+    own = {name: value for name, value in vars(solver).items() if name not in ("solve", "loss", "params")}
+    if captured_tensors(own) or any(True for _ in solver.children()):
+        return None  # a hypersolver, even if its network happens to return zeros
+    if not solver.base.__module__.startswith("torchdyn."):
+        return _read(solver)
+    numbers = () if solver.tableau is None else tuple(
+        tuple(part.tolist()) for coefficients in solver.tableau for part in (
+            coefficients if isinstance(coefficients, list) else [coefficients]
+        )
+    )
+    key = (solver.base, numbers)
+    if key not in _tableaux:
+        _tableaux[key] = _read(solver)
+    return _tableaux[key]
+
+
+_tableaux: dict[Any, ButcherTableau | None] = {}
+"""Tableaux of torchdyn's own solvers, which depend on nothing but their coefficients."""
+
+
+def _read(solver: Any) -> ButcherTableau | None:
+    try:
+        # Taken as they are: coefficients rounded to single precision, and times that are not the sums of their rows.
+        return read_tableau(_step_function(solver), rounding=float("inf"))
+    except Exception:  # whatever a step that is not of the kind makes of made-up slopes
+        return None
+
+
+def _step_function(solver: Any) -> Any:
+    """A solver's step, to be probed on the CPU."""
+    probed = copy.copy(solver)
+    if solver.tableau is not None:
+        c, a, *weights = solver.tableau
+        probed.tableau = (c.cpu(), [row.cpu() for row in a], *(weight.cpu() for weight in weights))
+    return lambda f, t, x, h: solver.base.step(probed, f, x, t, h)[1]
