@@ -135,13 +135,13 @@ def test_register_and_unregister(run):
 
         symplectic_plugin.register()
         assert registered() and solves()
-        by = symplectic_plugin.registered()["torchdiffeq"]
+        by = symplectic_plugin.registered()["torchdiffeq.solvers"]
         assert set(by) == {name for name in solvers() if "symplectic" in name}
         assert set(by.values()) == {f"symplectic-plugin {symplectic_plugin.__version__}"}
         once, patched = list(solvers().items()), dict(vars(adjoint))
         symplectic_plugin.register("torchdiffeq")
         assert list(solvers().items()) == once and dict(vars(adjoint)) == patched
-        assert symplectic_plugin.registered()["torchdiffeq"] == by
+        assert symplectic_plugin.registered()["torchdiffeq.solvers"] == by
 
         for _ in range(2):
             symplectic_plugin.unregister()
@@ -157,7 +157,7 @@ def test_register_and_unregister(run):
             warnings.simplefilter("always")
             symplectic_plugin.register()
         assert ["'symplectic_adjoint:euler' is not registered" in str(each.message) for each in caught] == [True]
-        assert "symplectic_adjoint:my_rk4" in symplectic_plugin.registered()["torchdiffeq"]
+        assert "symplectic_adjoint:my_rk4" in symplectic_plugin.registered()["torchdiffeq.solvers"]
         assert solvers()["symplectic_adjoint:euler"] is MyRK4
         symplectic_plugin.unregister("torchdiffeq")
         assert solvers() == {**dict(before), "my_rk4": MyRK4, "symplectic_adjoint:euler": MyRK4}
@@ -244,7 +244,7 @@ def test_solvers_of_other_distributions(run, tmp_path):
         import symplectic_plugin
         from other_plugin import Other
         assert registered() and solves()
-        by = symplectic_plugin.registered()["torchdiffeq"]
+        by = symplectic_plugin.registered()["torchdiffeq.solvers"]
         assert by["symplectic_adjoint"].startswith("symplectic-plugin ")
         assert by["other"] == by["other:rk4"] == by["alias"] == "other-plugin 1.0"
         assert by["rival"] == "a-rival-plugin 1.0"
@@ -304,7 +304,7 @@ def test_the_package_is_light_and_does_not_need_torch(run):
 def test_report_of_what_is_registered(run):
     report = run("-m", "symplectic_plugin").stdout
     assert "autoload: active" in report
-    line = next(line for line in report.splitlines() if line.startswith("torchdiffeq: by symplectic-plugin "))
+    line = next(line for line in report.splitlines() if line.startswith("torchdiffeq.solvers: by symplectic-plugin "))
     assert {"symplectic_adjoint", "symplectic_adjoint:rk4"} <= set(line.split(": ", 2)[2].split(", "))
 
     report = run("-m", "symplectic_plugin", **{SWITCH: "0"}).stdout

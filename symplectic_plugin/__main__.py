@@ -18,16 +18,18 @@ def main() -> None:
         print(f"{distribution} {_version(distribution)}")
     failed = {name: failure for name in ("torch", *HOSTS) if (failure := _import_failure(name)) is not None}
     print(f"autoload: {_autoload()}")
-    for host in HOSTS:
-        names_by_distribution: dict[str, list[str]] = {}
-        for name, distribution in registered().get(host, {}).items():
-            names_by_distribution.setdefault(distribution, []).append(name)
+    for host, groups in HOSTS.items():
         if host in failed:
             print(f"{host}: {failed[host]}")
-        elif not names_by_distribution:
-            print(f"{host}: nothing registered")
-        for distribution, names in names_by_distribution.items():
-            print(f"{host}: by {distribution}: {', '.join(names)}")
+            continue
+        for group in groups:
+            names_by_distribution: dict[str, list[str]] = {}
+            for name, distribution in registered().get(group.name, {}).items():
+                names_by_distribution.setdefault(distribution, []).append(name)
+            for distribution, names in names_by_distribution.items():
+                print(f"{group.name}: by {distribution}: {', '.join(names)}")
+            if not names_by_distribution:
+                print(f"{group.name}: nothing registered")
 
 
 def _version(distribution: str) -> str:
@@ -40,6 +42,8 @@ def _version(distribution: str) -> str:
 def _import_failure(name: str) -> str | None:
     try:
         importlib.import_module(name)
+        for group in HOSTS.get(name, ()):
+            importlib.import_module(group.after)
     except ModuleNotFoundError as error:
         return "not installed" if error.name == name else f"cannot be imported: {error}"
     except Exception as error:  # a broken installation is what this is run to find

@@ -12,7 +12,11 @@ import sys
 from functools import partial
 
 # The host's module that is waited for -> the host, as the registry calls it.
-HOOKED_MODULES = {"torchdiffeq._impl.adjoint": "torchdiffeq"}
+HOOKED_MODULES = {
+    "torchdiffeq._impl.adjoint": "torchdiffeq",
+    "torchdyn.numerics.odeint": "torchdyn",
+    "torchdyn.core.problems": "torchdyn",
+}
 
 
 def autoload() -> None:
@@ -21,7 +25,7 @@ def autoload() -> None:
     Calling it again does nothing more. Raises nothing, whatever happens.
     """
     try:
-        _install_hook()
+        install_hook()
         for module, host in HOOKED_MODULES.items():
             if module in sys.modules:
                 _host_executed(host)
@@ -34,7 +38,8 @@ def is_active() -> bool:
     return any(getattr(finder, "reports_to", None) == __name__ for finder in sys.meta_path)
 
 
-def _install_hook() -> None:
+def install_hook() -> None:
+    """Put the import hook in place, once."""
     from symplectic_plugin.importing import ReportingFinder
 
     if not is_active():

@@ -3,11 +3,13 @@
 A host is a library with tables of solvers by name. For each table there is a group of entry points, and what the
 installed distributions declare in that group is put into the table under the names they chose:
 
-=======================  ===========================================
-group                    table
-=======================  ===========================================
-``torchdiffeq.solvers``  ``SOLVERS`` in ``torchdiffeq._impl.odeint``
-=======================  ===========================================
+==========================  =======================================================================
+group                       table
+==========================  =======================================================================
+``torchdiffeq.solvers``     ``SOLVERS`` in ``torchdiffeq._impl.odeint``
+``torchdyn.solvers``        ``SOLVER_DICT`` in ``torchdyn.numerics.solvers.ode``
+``torchdyn.sensitivities``  ``SENSITIVITIES`` in ``symplectic_plugin.hosts.torchdyn``: torchdyn has none
+==========================  =======================================================================
 
 An entry point's object is what the host's table holds (for torchdiffeq, a solver class). Two optional parts, each a
 callable attribute of the object, are used where present:
@@ -23,12 +25,14 @@ A name that the host has already, or that the user gave to something else, is ne
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from symplectic_plugin.importing import complain, in_progress, when_complete
@@ -38,18 +42,31 @@ if TYPE_CHECKING:
 
 
 class Group(NamedTuple):
-    """A group of entry points and the host's table that they go into."""
+    """A group of entry points, the host's table that they go into, and the module that must be loaded before."""
 
     name: str
     module: str
     table: str
+    after: str
 
 
 # Host (the name of its package, and of its distribution) -> its groups.
 HOSTS: dict[str, tuple[Group, ...]] = {
-    "torchdiffeq": (Group("torchdiffeq.solvers", "torchdiffeq._impl.odeint", "SOLVERS"),),
+    "torchdiffeq": (
+        Group("torchdiffeq.solvers", "torchdiffeq._impl.odeint", "SOLVERS", after="torchdiffeq._impl.adjoint"),
+    ),
+    "torchdyn": (
+        Group("torchdyn.solvers", "torchdyn.numerics.solvers.ode", "SOLVER_DICT", after="torchdyn.numerics.odeint"),
+        Group(
+            "torchdyn.sensitivities",
+            "symplectic_plugin.hosts.torchdyn",
+            "SENSITIVITIES",
+            after="torchdyn.core.problems",
+        ),
+    ),
 }
 
+_SLOW_TO_IMPORT = ("torchdyn",)
 _OWN_DISTRIBUTION = "symplectic-plugin"
 
 
@@ -80,7 +97,7 @@ _lock = threading.RLock()
 
 
 def register(host: str | None = None) -> None:
-    """Import a host (by default, every installed one) and put the solvers of all installed distributions into it.
+    """Put the solvers of all installed distributions into a host, by default into every installed one.
 
     Programs need this only where torch does not load the plugin by itself (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``) or
     after :func:`unregister`. A second call changes nothing, except that it takes up distributions installed since, and
@@ -89,26 +106,29 @@ def register(host: str | None = None) -> None:
     A distribution whose solver cannot be loaded, or whose name for it is taken, is reported by a ``RuntimeWarning``
     that names it; the others are registered all the same.
 
+    Args:
+        host: the host, which is imported. Without it, torchdiffeq is imported if it is installed, and torchdyn, which
+            takes seconds to import, is registered with when the program imports it.
+
     Raises:
         ValueError: there is no host of that name.
         ImportError: the host is not installed; without an argument, none is.
     """
-    imported = 0
-    for name in _chosen(host):
-        try:
-            import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-            if host is not None:
-                raise ImportError(f"{name} is not installed: pip install {name}", name=name) from error
-            continue
-        imported += 1
+    from symplectic_plugin import autoload
+
+    installed = [name for name in _chosen(host) if find_spec(name) is not None]
+    if not installed:
+        name = host or next(iter(HOSTS))
+        raise ImportError(f"{name if host else 'no ODE library to register with'} is not installed: pip install {name}")
+    for name in installed:
         _left_alone.discard(name)
+        if host is not None or name not in _SLOW_TO_IMPORT:
+            for group in HOSTS[name]:
+                import_module(group.after)
+    autoload.install_hook()
+    for name in installed:
         for problem in _register(name):
             warnings.warn(problem, RuntimeWarning, stacklevel=2)
-    if not imported:
-        raise ImportError(f"no ODE library to register with is installed: pip install {next(iter(HOSTS))}")
 
 
 def unregister(host: str | None = None) -> None:
@@ -126,11 +146,12 @@ def unregister(host: str | None = None) -> None:
 
 
 def registered() -> dict[str, dict[str, str]]:
-    """What is registered: for each host, the names and the distribution, with its version, that each comes from."""
+    """What is registered: for each group of entry points, the names and the distribution, with its version, of each."""
     with _lock:
         return {
-            host: {name: entry.distribution for each in by_group.values() for name, entry in each.entries.items()}
-            for host, by_group in _registrations.items()
+            group.name: {name: entry.distribution for name, entry in registration.entries.items()}
+            for by_group in _registrations.values()
+            for group, registration in by_group.items()
         }
 
 
@@ -144,14 +165,13 @@ def host_executing(host: str) -> None:
 
 
 def host_executed(host: str) -> None:
-    """Called by the import hook when the host's module has been executed."""
+    """Called by the import hook when a module of the host's has been executed."""
     if host in _left_alone:
         return
-    # Until the host's package is complete, what the entry points name could not import from it in the usual way.
-    importing = in_progress(host)
-    if importing is not None:
-        when_complete(importing, partial(host_executed, host))
-        return
+    # Until the host's packages are complete, what the entry points name could not import from them in the usual way.
+    waited_for = [spec for group in HOSTS[host] if (spec := in_progress(group.after)) is not None]
+    for spec in waited_for[:1]:
+        when_complete(spec, partial(host_executed, host))
     for problem in _register(host):
         complain(problem)
 
@@ -163,9 +183,11 @@ def _chosen(host: str | None) -> list[str]:
 
 
 def _register(host: str) -> list[str]:
-    """Register with an imported host; returns what is to be warned of, once everything else is done."""
+    """Register with what is imported of a host; returns what is to be warned of, once everything else is done."""
     problems: list[str] = []
     for group in HOSTS[host]:
+        if group.after not in sys.modules or in_progress(group.after) is not None:
+            continue
         # Outside the lock: importing takes locks of its own, and another thread may hold those and want this one.
         found = _find(host, group, problems)
         with _lock:
@@ -186,7 +208,7 @@ def _registration(host: str, group: Group, problems: list[str]) -> _Registration
 
 def _find(host: str, group: Group, problems: list[str]) -> list[_Found]:
     """The group's entry points, loaded; of two with one name, the one that is registered already or sorts first."""
-    taken = registered().get(host, {})
+    taken = registered().get(group.name, {})
 
     def precedence(entry_point: EntryPoint) -> tuple[bool, bool, str, str]:
         distribution = _distribution(entry_point)

@@ -309,9 +309,13 @@ def _tableau(solver: Any) -> ButcherTableau | None:
         return None  # a hypersolver, even if its network happens to return zeros
     if not solver.base.__module__.startswith("torchdyn."):
         return _read(solver)
-    numbers = () if solver.tableau is None else tuple(
-        tuple(part.tolist()) for coefficients in solver.tableau for part in (
-            coefficients if isinstance(coefficients, list) else [coefficients]
+    numbers = (
+        ()
+        if solver.tableau is None
+        else tuple(
+            tuple(part.tolist())
+            for coefficients in solver.tableau
+            for part in (coefficients if isinstance(coefficients, list) else [coefficients])
         )
     )
     key = (solver.base, numbers)
