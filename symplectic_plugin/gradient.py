@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .sweep import TimeCotangents, sweep, sweep_step
 from .trajectory import Trajectory
@@ -42,6 +43,38 @@ def attach(
     return _RecordedSolve.apply(record, initial, *times, *field.dependencies)
 
 
+def _once_differentiable(backward: Any) -> Any:
+    """Have gradients that are differentiated again raise, whatever they are differentiated by.
+
+    torch's own `once_differentiable` lets them pass for constants where the cotangent is one.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *cotangents: Any) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, *cotangents)
+        if not torch.is_grad_enabled():
+            return gradients
+        return tuple(
+            None if g is None else _SecondDerivative.apply(g, g.new_zeros(()).requires_grad_()) for g in gradients
+        )
+
+    return wrapped
+
+
+class _SecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "symplectic_adjoint: a gradient was differentiated again (create_graph=True), but there are first "
+            "derivatives only. Use the base method itself for second ones."
+        )
+
+
 @dataclass(frozen=True)
 class _Record:
     """What the function is handed that needs no gradient."""
@@ -58,31 +91,29 @@ class _RecordedSolve(torch.autograd.Function):
     def forward(ctx: Any, record: _Record, initial: Tensor, *inputs: Tensor) -> Tensor | None:
         trajectory = record.trajectory
         ctx.record = replace(record, solution=None, trajectory=replace(trajectory, states=[], slopes=[]))
-        ctx.addresses = [_address(tensor) for tensor in inputs]
         ctx.has_slope = [slope is not None for slope in trajectory.slopes]
+        ctx.witness = Witness(record.field)
         # All saved: so autograd notices what is changed in place before the backward pass, frees the checkpoints after
         # it, and lets hooks on saved tensors have them. The first state is the initial one.
         slopes = [slope for slope in trajectory.slopes if slope is not None]
-        ctx.save_for_backward(*inputs, initial, *trajectory.states[1:], *slopes)
+        ctx.save_for_backward(initial, *trajectory.states[1:], *slopes, *ctx.witness.saved)
         return record.solution
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         record: _Record = ctx.record
-        n_inputs, n_steps = len(ctx.addresses), len(ctx.has_slope)
-        saved = list(ctx.saved_tensors)
-        _require_same_memory(ctx.addresses, saved[:n_inputs])
-        given_slopes = iter(saved[n_inputs + n_steps :]) if n_steps else iter(())
+        saved = ctx.saved_tensors
+        n_states = max(1, len(ctx.has_slope) + (1 if record.trajectory.ends else 0))
+        slopes = iter(saved[n_states:])
         trajectory = replace(
             record.trajectory,
-            states=[state.detach() for state in saved[n_inputs : n_inputs + n_steps]],
-            slopes=[next(given_slopes) if has else None for has in ctx.has_slope],
+            states=[state.detach() for state in saved[:n_states]],
+            slopes=[next(slopes) if has else None for has in ctx.has_slope],
         )
         _, needs_initial, *needs = ctx.needs_input_grad
         needs_times, needs_dependencies = needs[: record.n_times], needs[record.n_times :]
-        sums = CotangentSums(record.field, needs_dependencies)
-        with without_autocast(cotangent.device), record.field.generators.kept():
+        with ctx.witness.checked(needs_dependencies, cotangent.device) as sums:
             initial, times = sweep(trajectory, record.field, sums, cotangent, any(needs_times))
             time_gradients = [None] * record.n_times if times is None else record.time_gradients(times)
         return None, initial if needs_initial else None, *time_gradients, *sums.results()
@@ -110,8 +141,8 @@ def attach_step(
         times: the time at its start and its size, tensors of one element.
         first_slope: the slope that was handed on to it, if one was.
         keep_slope: whether that slope must be kept, since it can't be evaluated again from `start`.
-        with_loss: whether the vector field takes and returns the state flattened, and with one element more: an integral
-            that is added to whatever is differentiated.
+        with_loss: whether the vector field takes and returns the state flattened and with one element more: an
+            integral that is added to whatever is differentiated.
 
     Returns:
         The same values, with gradients for the state, the slope handed on, the dependencies and the times.
@@ -147,18 +178,18 @@ class _RecordedStep(torch.autograd.Function):
         ctx.record = record
         ctx.dtype = results[0].dtype
         ctx.times = [(time.shape, time.dtype) for time in (t, h)]
-        ctx.addresses = [_address(tensor) for tensor in dependencies]
-        ctx.save_for_backward(start, first_slope if record.keep_slope else None, *dependencies)
+        ctx.witness = Witness(record.field)
+        # The end is the next step's start, and so costs nothing.
+        ctx.save_for_backward(start, results[0], first_slope if record.keep_slope else None, *ctx.witness.saved)
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, end: Tensor | None, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         record: _StepRecord = ctx.record
-        start, first_slope, *dependencies = ctx.saved_tensors
-        _require_same_memory(ctx.addresses, dependencies)
-        _, _, needs_start, needs_t, needs_h, needs_slope, *needs = ctx.needs_input_grad
+        start, reached, first_slope, *_ = ctx.saved_tensors
+        _, _, _, needs_t, needs_h, _, *needs = ctx.needs_input_grad
 
         def flat(tensor: Tensor | None, last: float) -> Tensor | None:
             """The state and, if there is a loss, one element more."""
@@ -170,9 +201,9 @@ class _RecordedStep(torch.autograd.Function):
         cotangent = flat(torch.zeros_like(start, dtype=ctx.dtype) if end is None else end, 1.0)
         assert state is not None
         assert cotangent is not None
-        trajectory = replace(record.trajectory, states=[state], slopes=[flat(first_slope, 0.0)])
-        sums = CotangentSums(record.field, needs)
-        with without_autocast(cotangent.device), record.field.generators.kept():
+        states = [state] if record.with_loss else [state, reached.detach()]
+        trajectory = replace(record.trajectory, states=states, slopes=[flat(first_slope, 0.0)])
+        with ctx.witness.checked(needs, cotangent.device) as sums:
             of_state, of_slope, of_times = sweep_step(
                 trajectory,
                 record.field,
@@ -191,14 +222,48 @@ class _RecordedStep(torch.autograd.Function):
         return None, None, of_state.to(start.dtype), of_t, of_h, of_slope, *sums.results()
 
 
-def _require_same_memory(addresses: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors that autograd thinks unchanged, but that hold other values than on the way forward."""
-    if list(addresses) != [_address(tensor) for tensor in tensors]:
-        raise RuntimeError(
-            "symplectic_adjoint: a tensor that the vector field depends on was given other memory (its .data was set, "
-            "or it was moved) between the forward and the backward pass, so the gradient can't be had. Call backward() "
-            "before changing it."
-        )
+class Witness:
+    """Sees to it that the backward pass finds the vector field as the forward pass left it.
+
+    Args:
+        field: the vector field, with its dependencies discovered.
+
+    Attributes:
+        saved: the dependencies that f has been seen to use, to be saved for the backward pass: autograd raises if they
+            are changed in place.
+    """
+
+    def __init__(self, field: VectorField) -> None:
+        self.field = field
+        used = len(field.dependencies) - field.spare
+        self.saved = field.dependencies[:used]
+        self._spare = field.dependencies[used:]
+        self._addresses = [_address(tensor) for tensor in field.dependencies]
+        self._versions = [tensor._version for tensor in self._spare]
+
+    @contextlib.contextmanager
+    def checked(self, needed: Sequence[bool], device: torch.device) -> Iterator[CotangentSums]:
+        """The context of a sweep: autocast off, f as it was, random number generators left alone.
+
+        Raises:
+            RuntimeError: if a tensor that f depends on is not what it was.
+        """
+        field = self.field
+        sums = CotangentSums(field, needed)
+        with without_autocast(device), field.generators.kept(), field.restored():
+            if self._addresses[: len(self.saved)] != [_address(tensor) for tensor in self.saved]:
+                raise RuntimeError(_CHANGED.format("was given other memory (its .data was set, or it was moved)"))
+            yield sums
+        used = sums.used()[len(self.saved) :]
+        for tensor, version, is_used in zip(self._spare, self._versions, used, strict=True):
+            if is_used and tensor._version != version:
+                raise RuntimeError(_CHANGED.format("was modified by an inplace operation"))
+
+
+_CHANGED = (
+    "symplectic_adjoint: a tensor that the vector field depends on {} between the forward and the backward pass, so the "
+    "gradient can't be had. Call backward() before changing it."
+)
 
 
 def _address(tensor: Tensor) -> int:

@@ -106,6 +106,7 @@ def sweep_step(
     nothing = cotangent.new_zeros(1, cotangent.numel())
     back = _StepBack(trajectory, field, sums, nothing, cotangent.shape, want_times)
     adjoint, first_slope, times = back(0, 0, 0, cotangent.reshape(-1), flat)
+    back.require_same_states()
     first_slope = None if first_slope is None else first_slope.view(cotangent.shape)
     return adjoint.view(cotangent.shape), first_slope, None if times is None else _gathered([times], nothing)
 
@@ -181,7 +182,7 @@ class _StepBack:
         scaled = coefficients.matrix * h
         stage_times = trajectory.stage_times(step)
         keywords = [step.first_keywords, *trajectory.keywords[1:], {}]
-        start = trajectory.states[n].reshape(-1)
+        start = trajectory.states[n].reshape(-1).to(rows.dtype)
         given = self.given[begin + 1 : end + 1]
         weights = self.device_weights[begin:end] * h
         weighted = (self.weights[begin:end] != 0).any(0).tolist()
@@ -260,11 +261,13 @@ class _StepBack:
             return
         expected = self.trajectory.states[n + 1].reshape(-1)
         weights = coefficients.vector[: last + 1] * self.trajectory.steps[n].h
-        actual = torch.addmv(start, self.rows[:last].T, weights[:last])
+        moved = torch.mv(self.rows[:last].T, weights[:last])
         if coefficients.b[last] != 0 and last_slope is not None:
-            actual = torch.add(actual, last_slope.reshape(-1).to(actual.dtype) * weights[last])
-        deviation = torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected)
-        self.worst_deviation = torch.fmax(self.worst_deviation, deviation)
+            moved = torch.add(moved, last_slope.reshape(-1).to(moved.dtype) * weights[last])
+        off = torch.linalg.vector_norm(start + moved - expected)
+        # Relative to what was added up, of which little may be left.
+        size = torch.linalg.vector_norm(start) + torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(moved)
+        self.worst_deviation = torch.fmax(self.worst_deviation, off / size)
 
     def require_same_states(self) -> None:
         """Refuse a vector field that is another one now.
@@ -273,7 +276,7 @@ class _StepBack:
             RuntimeError: if a step of the solve, taken again, ended elsewhere.
         """
         worst = float(self.worst_deviation)  # at the end, since it waits for the device
-        if worst > self.field.rounding**0.5:
+        if worst > self.field.rounding ** (2 / 3):
             raise RuntimeError(
                 "symplectic_adjoint: the vector field returned other values in the backward pass than in the forward "
                 f"pass (a step ended {worst:.0e} off, relative to the state), so the gradient would be wrong. What it "

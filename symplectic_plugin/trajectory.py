@@ -86,7 +86,7 @@ class Trajectory:
         stage_times: the times of a step's stages, shape (s,), on the state's device, in the dtype in which the host
             hands them to f. The first is that of the first slope, also where it was handed on.
         steps: the accepted steps, in order.
-        states: the state at the start of each step: the checkpoints.
+        states: the state at the start of each step, the checkpoints; and, if `ends`, at the end of the last.
         slopes: the first slope of each step where it can't be evaluated again from the state, else None.
         outputs: for each output but the initial state, the step that it lies in and its place theta there, in order.
     """
@@ -100,3 +100,4 @@ class Trajectory:
     states: list[Tensor] = field(default_factory=list)
     slopes: list[Tensor | None] = field(default_factory=list)
     outputs: list[tuple[int, float]] = field(default_factory=list)
+    ends: bool = False

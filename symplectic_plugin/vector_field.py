@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .dependencies import captured_tensors, edge_of, graph_inputs
+from .dependencies import Held, depends_on_another, edge_of, graph_inputs, has_hooks, is_alive, referenced
 from .randomness import Generators
 
 Keywords = Mapping[str, Any]
@@ -28,6 +29,7 @@ class VectorField:
 
     Attributes:
         dependencies: the tensors that f depends on and that gradients go to, once `discover` has run.
+        spare: how many of them, at the end, f has not been seen to use yet.
         left_out: those that it depends on and that get none, because of `only`.
         draws: whether it was seen to draw random numbers.
         generators: those that it may draw from.
@@ -43,17 +45,18 @@ class VectorField:
     ) -> None:
         self.function = function
         self.dependencies = [tensor for tensor in dict.fromkeys(named) if tensor.requires_grad]
+        self.spare = 0
         self.left_out: list[Tensor] = []
         self.draws = False
         self.rounding = 0.0
         self.generators = Generators(device)
         self._only = only
-        self._own_leaves = 0
+        self._held = Held(None)
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {"cpu", device.type}
         ]
-        self._known_leaves = {id(tensor) for tensor in self.dependencies if tensor.is_leaf}
-        self._known_edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
+        self._leaves = {id(tensor) for tensor in self.dependencies if tensor.is_leaf}
+        self._edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
 
     def discover(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         """Evaluate f with a graph: take what it is seen to depend on and what it holds into `dependencies`.
@@ -64,8 +67,8 @@ class VectorField:
         Raises:
             RuntimeError: if f depends on a tensor with a history that can't be found.
         """
-        held = captured_tensors(self.function)
-        edges = {edge_of(tensor): tensor for tensor in held if not tensor.is_leaf}
+        self._held = held = Held(self.function)
+        edges = {edge_of(tensor): tensor for tensor in held.tensors if not tensor.is_leaf}
         before = self.generators.states()
         with torch.enable_grad():
             leaf, argument = _as_argument(x)
@@ -78,22 +81,37 @@ class VectorField:
         self.rounding = max(
             torch.finfo(kind).eps for kind in (x.dtype, slope.dtype) if kind.is_floating_point or kind.is_complex
         )
-        found = graph_inputs(slope, argument.grad_fn, self._known_edges | edges.keys())
-        if found.older is not None:
-            raise RuntimeError(_lost(f"that was computed from others before the solve, by {found.older.name()}"))
-        leaves = [tensor for tensor in held if tensor.is_leaf]
-        leaves += [tensor for tensor in found.leaves if tensor is not leaf and tensor is not t]
-        for tensor in leaves:
-            if id(tensor) not in self._known_leaves:
-                self._known_leaves.add(id(tensor))
-                self._take(tensor)
-        for edge in found.edges - self._known_edges:
-            self._known_edges.add(edge)
-            self._take(edges[edge])
+        found = graph_inputs(slope, argument.grad_fn, self._edges | edges.keys())
+        if found.older:
+            with self.generators.kept(), torch.enable_grad():
+                _, argument = _as_argument(x)
+                again = graph_inputs(
+                    self.function(t, argument, **keywords), argument.grad_fn, self._edges | edges.keys()
+                )
+            if lost := set(found.older) & set(again.older):  # else they were made in another thread
+                raise RuntimeError(_lost(f"that was computed from others before the solve, by {lost.pop().name()}"))
+        held_leaves = [tensor for tensor in held.tensors if tensor.is_leaf]
+        held_ids = {id(tensor) for tensor in held_leaves}
+        others = [x for x in found.leaves if id(x) in held_ids]
+        found.leaves = [x for x in found.leaves if id(x) not in held_ids and x is not leaf and x is not t]
+        self._take([*others, *referenced(found.leaves)], self._leaves, id)
+        self._take([edges[edge] for edge in found.edges - self._edges], self._edges, edge_of)
+        used = len(self.dependencies)
+        # What it holds it may use at other times. Not what only a hook would notice, nor what has lost its graph.
+        spare = [tensor for tensor in held_leaves if not has_hooks(tensor)]
+        self._take(spare, self._leaves, id)
+        unused = [tensor for edge, tensor in edges.items() if edge not in self._edges and not has_hooks(tensor)]
+        self._take([tensor for tensor in unused if is_alive(tensor)], self._edges, edge_of)
+        self.spare = len(self.dependencies) - used
+        self._leaves |= {id(tensor) for tensor in held.frozen}
         return slope.detach()
 
-    def _take(self, tensor: Tensor) -> None:
-        (self.left_out if self._only else self.dependencies).append(tensor)
+    def _take(self, tensors: Iterable[Tensor], known: set[Any], key: Callable[[Tensor], Any]) -> None:
+        """Take tensors that are not known yet into the dependencies."""
+        for tensor in tensors:
+            if key(tensor) not in known:
+                known.add(key(tensor))
+                (self.left_out if self._only else self.dependencies).append(tensor)
 
     def __call__(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         """The slope f(t, x), without a graph."""
@@ -122,14 +140,13 @@ class VectorField:
         leaf, t, argument, slope = self._with_graph(t, x, keywords, sums, want_time)
         if not slope.requires_grad:
             return slope, None, None
-        strangers = self._strangers(slope, argument, (leaf, t, *sums.inputs))
-        if len(strangers) > self._own_leaves:
-            # f may make leaves of its own (`x.detach().requires_grad_()`): those are new ones in each evaluation.
+        strangers = self._strangers(slope, argument, (leaf, t), sums)
+        if strangers:
+            # f may make leaves of its own, and nodes in other threads: those are new ones in each evaluation.
             with self.generators.kept():
                 again = self._with_graph(t, x, keywords, sums, want_time)
-            if strangers & self._strangers(again[3], again[2], (again[0], again[1], *sums.inputs)):
+            if strangers & self._strangers(again[3], again[2], again[:2], sums):
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
-            self._own_leaves = len(strangers)
         inputs = [leaf, t, *sums.inputs] if want_time else [leaf, *sums.inputs]
         grads = torch.autograd.grad(slope, inputs, cotangent.to(slope.dtype), allow_unused=True)
         sums.add(grads[1 + want_time :])
@@ -145,13 +162,28 @@ class VectorField:
             with self._forward_autocast(), sums.substitution():
                 return leaf, t, argument, self.function(t, argument, **keywords)
 
-    def _strangers(self, slope: Tensor, argument: Tensor, inputs: Iterable[Tensor]) -> set[Tensor]:
-        """The leaves in the slope's graph that are neither inputs nor known."""
-        found = graph_inputs(slope, argument.grad_fn, self._known_edges)
-        if found.older is not None:
-            raise RuntimeError(_lost(f"that was computed from others before the solve, by {found.older.name()}"))
-        known = self._known_leaves | {id(tensor) for tensor in inputs}
-        return {leaf for leaf in found.leaves if id(leaf) not in known}
+    def _strangers(self, slope: Tensor, argument: Tensor, own: Iterable[Tensor], sums: CotangentSums) -> set[Any]:
+        """Leaves that are neither known nor f's arguments, and older nodes, in the slope's graph.
+
+        Raises:
+            RuntimeError: if it has a tensor that was to be replaced by its stand-in.
+        """
+        found = graph_inputs(slope, argument.grad_fn, self._edges)
+        if sums.replaced and (
+            not sums.replaced.isdisjoint(found.edges) or not sums.replaced.isdisjoint(map(id, found.leaves))
+        ):
+            raise RuntimeError(
+                "symplectic_adjoint: the vector field uses a tensor with hooks, or one computed from others that it "
+                "uses too, where torch functions do not see it (in an autograd.Function, TorchScript or a solve "
+                "inside), so its gradient can't be told apart. Remove the hooks, or use it through torch operations."
+            )
+        known = self._leaves | {id(tensor) for tensor in (*own, *sums.inputs)}
+        found.leaves = [leaf for leaf in found.leaves if id(leaf) not in known]
+        return {*referenced(found.leaves), *found.older}
+
+    def restored(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which f holds what it held on the way forward."""
+        return self._held.restored()
 
     @contextlib.contextmanager
     def _forward_autocast(self) -> Iterator[None]:
@@ -164,12 +196,18 @@ class VectorField:
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
+    @functools.cached_property
+    def entangled(self) -> set[int]:
+        """Identities of dependencies whose histories lead to other ones: differentiating would count those twice."""
+        computed = [tensor for tensor in (*self.dependencies, *self.left_out) if not tensor.is_leaf]
+        return {id(tensor) for tensor in computed if depends_on_another(tensor, self.dependencies)}
+
 
 class CotangentSums:
     """The cotangents of the dependencies, summed over the evaluations of one sweep.
 
-    While f is evaluated, a dependency with a history is replaced by a leaf with the same values: else its history would
-    be entered, and a parameter that f uses both by itself and through it would be counted twice.
+    While f is evaluated, some dependencies are replaced by leaves with the same values: those whose histories lead to
+    others, which would be counted twice; those with hooks, which would run at each evaluation.
 
     Args:
         field: the vector field.
@@ -177,8 +215,16 @@ class CotangentSums:
     """
 
     def __init__(self, field: VectorField, needed: Sequence[bool]) -> None:
-        computed = [tensor for tensor in field.dependencies + field.left_out if not tensor.is_leaf]
-        self._stand_ins = {id(tensor): tensor.detach().requires_grad_() for tensor in computed}
+        candidates = [*field.dependencies, *field.left_out]
+        replaced = [
+            tensor
+            for tensor in candidates
+            if id(tensor) in field.entangled or has_hooks(tensor) or not tensor.requires_grad
+        ]
+        self._stand_ins = {id(tensor): tensor.detach().requires_grad_() for tensor in replaced}
+        self.replaced = {
+            id(tensor) if tensor.is_leaf else edge_of(tensor) for tensor in replaced if tensor.requires_grad
+        }
         self._dependencies = [tensor for tensor, need in zip(field.dependencies, needed, strict=True) if need]
         self._needed = needed
         self._totals: list[Tensor | None] = [None] * len(self._dependencies)
@@ -194,6 +240,7 @@ class CotangentSums:
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
+            grad = grad.to_dense() if grad.is_sparse else grad
             total = self._totals[i]
             if total is None:
                 # A copy, since autograd may hand out one tensor twice; and wide, since a half-precision sum of many
@@ -204,6 +251,11 @@ class CotangentSums:
                 addends.append(grad)
         if totals:
             torch._foreach_add_(totals, addends)
+
+    def used(self) -> list[bool]:
+        """Whether each dependency was used, as far as it is needed."""
+        totals = iter(self._totals)
+        return [need and next(totals) is not None for need in self._needed]
 
     def results(self) -> list[Tensor | None]:
         """The sums in the dtypes of the dependencies, None for what is not needed or was not used."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,8 @@ class _Recorder:
     trajectory: Trajectory | None = None
     func: RecordedField
     y0: Tensor
+    end_state: Callable[[], Tensor]
+    """The state at the end of the last step."""
 
     def record(self, solver_dtype: torch.dtype, stage_dtype: torch.dtype) -> None:
         """Begin to note steps.
@@ -129,35 +132,49 @@ class _Recorder:
         self.trajectory.states.append(state)
         self.trajectory.slopes.append(slope)
 
-    def places(self, times: Sequence[float]) -> list[tuple[int, float]]:
+    def places(self, times: Tensor) -> list[tuple[int, float]]:
         """The step that each output after the first is made from, the first one to reach it, and its place there."""
         assert self.trajectory is not None
         steps = self.trajectory.steps
         ends = [step.t1 for step in steps]
-        places: list[tuple[int, float]] = []
-        for t in times:
-            n = bisect.bisect_left(ends, t)
-            if self.trajectory.dense.end_stage and steps[n].draws is not None and places and places[-1][0] == n:
+        in_step = [bisect.bisect_left(ends, t) for t in times.tolist()[1:]]
+        for n, following in itertools.pairwise(in_step):
+            if n == following and self.trajectory.dense.end_stage and steps[n].draws is not None:
                 raise RuntimeError(
                     "symplectic_adjoint: func draws random numbers, and interp='cubic' evaluates it anew for each "
                     "output time: with several in one step there is no gradient. Use interp='linear' or smaller steps"
                 )
-            places.append((n, (t - steps[n].t0) / (steps[n].t1 - steps[n].t0)))
-        return places
+        return self._thetas(in_step, times[1:])
 
     def place_of_event(self, t: Tensor) -> list[tuple[int, float]]:
         """The place of an event, which is in the last step, or at the start (step -1)."""
         assert self.trajectory is not None
-        if not self.trajectory.steps:
-            return [(-1, 0.0)]
-        step = self.trajectory.steps[-1]
-        return [(len(self.trajectory.steps) - 1, (float(t) - step.t0) / (step.t1 - step.t0))]
+        n = len(self.trajectory.steps) - 1
+        return self._thetas([n], t.reshape(1)) if n >= 0 else [(-1, 0.0)]
+
+    def _thetas(self, in_step: list[int], times: Tensor) -> list[tuple[int, float]]:
+        """Steps, and the places of times in them, computed in the solver's precision as torchdiffeq does."""
+        assert self.trajectory is not None
+        steps = [self.trajectory.steps[n] for n in in_step]
+        t0, t1 = (torch.tensor([getattr(step, end) for step in steps], dtype=times.dtype) for end in ("t0", "t1"))
+        return list(zip(in_step, ((times.cpu() - t0) / (t1 - t0)).tolist(), strict=True))
+
+    def finish(self, places: list[tuple[int, float]]) -> Trajectory:
+        """The trajectory, with the places of its outputs."""
+        trajectory, self.trajectory = self.trajectory, None
+        assert trajectory is not None
+        trajectory.outputs = places
+        if trajectory.steps:
+            trajectory.states.append(self.end_state())
+            trajectory.ends = True
+        return trajectory
 
 
 class Adaptive(_Recorder):
     """Notes the steps of torchdiffeq's adaptive methods."""
 
     dtype: torch.dtype
+    rk_state: Any
     min_step: Tensor
     max_step: Tensor
     step_t: Tensor
@@ -171,9 +188,13 @@ class Adaptive(_Recorder):
         self._times = StartingTime(t)
         return self._times
 
-    def output_times(self, t: Tensor) -> list[float]:
-        """The times of the outputs after the first, as the solver sees them."""
-        return t[1:].to(self.dtype).tolist()
+    def output_times(self, t: Tensor) -> Tensor:
+        """Output times as the solver sees them."""
+        return t.to(self.dtype)
+
+    def end_state(self) -> Tensor:
+        """The state at the end of the last step."""
+        return self.rk_state.y1
 
     def _adaptive_step(self, rk_state: Any) -> Any:
         self.func.begin_step()
@@ -232,9 +253,14 @@ class FixedGrid(_Recorder):
         self.record(grid.dtype, grid.dtype)
         return GridTimes(t, grid)
 
-    def output_times(self, t: Tensor) -> list[float]:
-        """The times of the outputs after the first, as the solver sees them."""
-        return t[1:].tolist()
+    def output_times(self, t: Tensor) -> Tensor:
+        """Output times as the solver sees them."""
+        return t
+
+    def end_state(self) -> Tensor:
+        """The state at the end of the last step."""
+        y0, dy = self._last
+        return y0 + dy
 
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
         self.func.begin_step()
@@ -242,6 +268,7 @@ class FixedGrid(_Recorder):
         if self.trajectory is not None:
             keywords = self.trajectory.keywords[0]
             self.note(Step(float(t0), float(t1), float(dt), False, keywords, None, self.func.draws), y0, None)
+            self._last = y0, result[0]
         return result
 
 

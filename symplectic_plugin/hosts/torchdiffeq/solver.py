@@ -52,6 +52,11 @@ class SymplecticAdjoint:
                 "give one of them"
             )
         adjoint.refuse_continuous(func)
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "symplectic_adjoint: there are no forward-mode derivatives (torch.autograd.forward_ad): use the base "
+                "method itself for those"
+            )
         base = base_solver(self.solver or solver or "dopri5")
         adjoint_params = (adjoint_params,) if isinstance(adjoint_params, Tensor) else tuple(adjoint_params)
         if not all(isinstance(tensor, Tensor) for tensor in adjoint_params):
@@ -117,6 +122,5 @@ class SymplecticAdjoint:
                 "that adjoint_params leaves out: they get none. Leave adjoint_params away to have them all.",
                 stacklevel=5,
             )
-        trajectory, self.base.trajectory = self.base.trajectory, None
-        trajectory.outputs = places
+        trajectory = self.base.finish(places)
         return attach(solution, trajectory, self.field, self.y0, times.inputs, times.gradients)

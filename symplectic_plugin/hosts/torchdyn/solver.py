@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
-from ...dependencies import captured_tensors
+from ...dependencies import Held
 from ...gradient import attach_step
 from ...randomness import Generators, GeneratorStates
 from ...tableau import ButcherTableau, read_rounded_tableau, read_tableau
@@ -82,8 +82,8 @@ def with_adjoint(solver: Any, params: Iterable[Tensor] = ()) -> Any:
         return solver
     if isinstance(solver, ImplicitEuler | ParallelImplicitEuler):
         raise ValueError(
-            f"{_NAME}: torchdyn's {type(solver).__name__} minimises a residual and returns the result as a new leaf, so "
-            "its step has no gradient (sensitivity='autograd' silently gives none either). Use an explicit solver."
+            f"{_NAME}: torchdyn's {type(solver).__name__} minimises a residual and returns the result as a new leaf, "
+            "so its step has no gradient (sensitivity='autograd' silently gives none either). Use an explicit solver."
         )
     result = copy.copy(solver)
     if hasattr(solver, "coarse_method"):  # multiple shooting: a solver made of two
@@ -98,11 +98,11 @@ def with_adjoint(solver: Any, params: Iterable[Tensor] = ()) -> Any:
 
 
 @functools.cache
-def _adjoint_class(base: type) -> type:
+def _adjoint_class(base: Any) -> type:
     return type(base.__name__, (_AdjointSteps, base), {"__module__": base.__module__, "base": base})
 
 
-def _restored(base: type) -> Any:
+def _restored(base: Any) -> Any:
     return base.__new__(_adjoint_class(base))
 
 
@@ -160,7 +160,7 @@ class _AdjointSteps:
         field, evaluate = solve.field, _Evaluations(solve, self.loss is not None)
         with torch.no_grad():
             given = None if k1 is None else k1.detach()
-            last, end, error, *more = super().step(  # type: ignore[misc]
+            _, end, error, *more = super().step(  # type: ignore[misc]
                 evaluate, x.detach(), t.detach(), dt.detach(), k1=given, args=args
             )
         # Where the first slope was evaluated just before, or is the last one of the step that led here, it can be
@@ -171,7 +171,8 @@ class _AdjointSteps:
         if self.loss is not None and k1 is not None and not recomputed:
             raise ValueError(f"{_NAME}: integral_loss needs a vector field that draws no random numbers")
         fresh = k1 is None or (recomputed and (at_start or self.loss is not None))
-        step = Step(float(t), float(t) + float(dt), float(dt), not fresh, {}, None, evaluate.draws)
+        t0, h = t.item(), dt.item()
+        step = Step(t0, t0 + h, h, not fresh, {}, None, evaluate.draws)
         tableau = solve.tableau
         if not t.dtype == dt.dtype == x.abs().dtype:
             tableau = read_rounded_tableau(_step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
@@ -303,9 +304,9 @@ class _StageTimes:
 
 
 def _tableau(solver: Any) -> ButcherTableau | None:
-    """The tableau of a solver as it is now, None if it is not an explicit Runge-Kutta method with constant coefficients."""
+    """The tableau of a solver as it is now, None if it is not an explicit Runge-Kutta method."""
     own = {name: value for name, value in vars(solver).items() if name not in ("solve", "loss", "params")}
-    if captured_tensors(own) or any(True for _ in solver.children()):
+    if Held(own).tensors or any(True for _ in solver.children()):
         return None  # a hypersolver, even if its network happens to return zeros
     if not solver.base.__module__.startswith("torchdyn."):
         return _read(solver)
