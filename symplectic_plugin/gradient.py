@@ -261,8 +261,8 @@ class Witness:
 
 
 _CHANGED = (
-    "symplectic_adjoint: a tensor that the vector field depends on {} between the forward and the backward pass, so the "
-    "gradient can't be had. Call backward() before changing it."
+    "symplectic_adjoint: a tensor that the vector field depends on {} between the forward and the backward pass, so "
+    "the gradient can't be had. Call backward() before changing it."
 )
 
 

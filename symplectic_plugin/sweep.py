@@ -206,8 +206,7 @@ class _StepBack:
             slope = trajectory.slopes[n] if i == 0 else None
             if slope is None and (coefficients.used_later[i] or (step.draws is not None and i < s - 1)):
                 slope = field(stage_times[i], stage(i), keywords[i])
-            if slope is not None:
-                rows[i] = slope.reshape(-1)
+            rows[i] = 0 if slope is None else slope.reshape(-1)
 
         # Backward, one graph at a time.
         handed_on = 1 if step.slope_handed_on else 0
@@ -257,8 +256,9 @@ class _StepBack:
     def _compare(self, n: int, start: Tensor, coefficients: _Coefficients, last_slope: Tensor | None) -> None:
         """Note how far from the state that the solve went on with the step ends now."""
         last = self.trajectory.tableau.stages - 1
-        if n + 1 == len(self.trajectory.states) or (last_slope is None and coefficients.b[last] != 0):
-            return
+        weighted = [i for i in range(last) if coefficients.b[i] != 0 and not coefficients.used_later[i]]
+        if n + 1 == len(self.trajectory.states) or weighted or (last_slope is None and coefficients.b[last] != 0):
+            return  # there is none to compare with, or not all slopes are there
         expected = self.trajectory.states[n + 1].reshape(-1)
         weights = coefficients.vector[: last + 1] * self.trajectory.steps[n].h
         moved = torch.mv(self.rows[:last].T, weights[:last])

@@ -91,7 +91,8 @@ def with_adjoint(solver: Any, params: Iterable[Tensor] = ()) -> Any:
         result.coarse_method = with_adjoint(solver.coarse_method, params)
         result.fine_method = with_adjoint(solver.fine_method, params)
         return result
-    result.__class__ = _adjoint_class(type(solver))
+    base: Any = type(solver)
+    result.__class__ = _adjoint_class(base)
     result.params = tuple(params)
     result.begin()
     return result
@@ -147,7 +148,9 @@ class _AdjointSteps:
         solve: _Solve = self.__dict__["solve"]
         if solve.function is not f:
             solve.enter(self, f, x)
-        if solve.tableau is None or not isinstance(x, Tensor) or t.numel() != 1 or dt.numel() != 1:
+        # What a user's own step does with `args` is not known, so the tableau that was read without them says nothing.
+        unknown = solve.tableau is None or (args and not _is_torchdyns(self))
+        if unknown or not isinstance(x, Tensor) or t.numel() != 1 or dt.numel() != 1:
             return self._recomputed_step(f, x, t, dt, k1, args)
         return self._runge_kutta_step(solve, f, x, t, dt, k1, args)
 
@@ -303,12 +306,16 @@ class _StageTimes:
         return [start + c * step.h for c in self.c]
 
 
+def _is_torchdyns(solver: Any) -> bool:
+    return bool(solver.base.__module__.startswith("torchdyn."))
+
+
 def _tableau(solver: Any) -> ButcherTableau | None:
     """The tableau of a solver as it is now, None if it is not an explicit Runge-Kutta method."""
     own = {name: value for name, value in vars(solver).items() if name not in ("solve", "loss", "params")}
     if Held(own).tensors or any(True for _ in solver.children()):
         return None  # a hypersolver, even if its network happens to return zeros
-    if not solver.base.__module__.startswith("torchdyn."):
+    if not _is_torchdyns(solver):
         return _read(solver)
     numbers = (
         ()

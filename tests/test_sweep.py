@@ -1,0 +1,107 @@
+"""The sweep by itself: made-up methods, without a host."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from symplectic_plugin import ButcherTableau
+from symplectic_plugin.sweep import sweep
+from symplectic_plugin.trajectory import DenseOutput, Step, Trajectory
+from symplectic_plugin.vector_field import CotangentSums, VectorField
+
+from .strategies import tableaux
+
+SIZE = 3
+
+
+class ThroughTheEnd(DenseOutput):
+    """Outputs on the straight line between a step's ends."""
+
+    def __init__(self, b: torch.Tensor) -> None:
+        self.b = b
+
+    def weights(self, theta: torch.Tensor) -> torch.Tensor:
+        return theta[:, None] * self.b
+
+
+class Problem:
+    """A random nonlinear field, an initial state, steps of random sizes, and outputs at random places in them."""
+
+    def __init__(self, tableau: ButcherTableau, seed: int, n_steps: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+        self.tableau = tableau
+        self.w1 = torch.randn(5, SIZE + 1, dtype=torch.float64, generator=random).requires_grad_()
+        self.w2 = torch.randn(SIZE, 5, dtype=torch.float64, generator=random).requires_grad_()
+        self.x0 = torch.randn(SIZE, dtype=torch.float64, generator=random)
+        self.sizes = (0.05 + 0.3 * torch.rand(n_steps, dtype=torch.float64, generator=random)).tolist()
+        self.places = [(n, float(torch.rand((), dtype=torch.float64, generator=random))) for n in range(n_steps)]
+        self.places.append((n_steps - 1, 1.0))
+
+    def field(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.w2 @ torch.tanh(self.w1 @ torch.cat([x, t.reshape(1)]))
+
+    def solve(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The outputs, the initial state first, and the state at the start of each step."""
+        outputs, states, t = [x], [], 0.0
+        for n, h in enumerate(self.sizes):
+            states.append(x)
+            slopes: list[torch.Tensor] = []
+            for i in range(self.tableau.stages):
+                stage = x + h * sum((self.tableau.a[i, j] * slopes[j] for j in range(i)), torch.zeros(SIZE))
+                slopes.append(self.field(t + self.tableau.c[i] * h, stage))
+            end = x + h * sum(b * k for b, k in zip(self.tableau.b, slopes, strict=True))
+            outputs += [x + theta * (end - x) for m, theta in self.places if m == n]
+            x, t = end, t + h
+        return torch.stack(outputs), states
+
+    def sweep(self, cotangent: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        starts = [sum(self.sizes[:n]) for n in range(len(self.sizes))]
+        steps = [Step(t, t + h, h, False, {}) for t, h in zip(starts, self.sizes, strict=True)]
+        trajectory = Trajectory(
+            self.tableau,
+            False,
+            [{}] * self.tableau.stages,
+            ThroughTheEnd(self.tableau.b),
+            lambda step: step.t0 + self.tableau.c * step.h,
+            steps=steps,
+            states=[state.detach() for state in self.solve(self.x0)[1]],
+            slopes=[None] * len(steps),
+            outputs=self.places,
+        )
+        field = VectorField(self.field, torch.device("cpu"))
+        field.discover(torch.zeros((), dtype=torch.float64), self.x0, {})
+        sums = CotangentSums(field, [True] * len(field.dependencies))
+        with torch.no_grad():
+            initial, _ = sweep(trajectory, field, sums, cotangent, False)
+        by_id = {id(d): total for d, total in zip(field.dependencies, sums.results(), strict=True)}
+        return initial, [by_id[id(self.w1)], by_id[id(self.w2)]]
+
+
+problems = st.builds(Problem, tableaux(), st.integers(0, 2**31), st.integers(1, 4))
+
+
+@given(problems, st.integers(0, 2**31))
+def test_it_gives_the_gradient_of_the_numerical_solution(problem: Problem, seed: int) -> None:
+    x0 = problem.x0.clone().requires_grad_()
+    outputs, _ = problem.solve(x0)
+    cotangent = torch.randn(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    expected = torch.autograd.grad(outputs, (x0, problem.w1, problem.w2), cotangent, allow_unused=True)
+    initial, parameters = problem.sweep(cotangent)
+    scale = max(float(e.norm()) for e in expected if e is not None)
+    for ours, theirs in zip((initial, *parameters), expected, strict=True):
+        ours, theirs = (torch.zeros(()) if g is None else g for g in (ours, theirs))
+        assert (ours - theirs).norm() <= 1e-12 * max(float(theirs.norm()), 0.01 * scale)
+
+
+@given(problems, st.integers(0, 2**31))
+def test_it_conserves_the_product_of_adjoint_and_variation(problem: Problem, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    delta, adjoint = (torch.randn(SIZE, dtype=torch.float64, generator=random) for _ in range(2))
+    outputs, delta_at_outputs = torch.autograd.functional.jvp(lambda x: problem.solve(x)[0], problem.x0, delta)
+    cotangent = torch.zeros_like(outputs)
+    cotangent[-1] = adjoint
+    initial, _ = problem.sweep(cotangent)
+    scale = adjoint.norm() * delta_at_outputs[-1].norm() + initial.norm() * delta.norm()
+    assert abs(initial @ delta - adjoint @ delta_at_outputs[-1]) <= 1e-13 * scale
