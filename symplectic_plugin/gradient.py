@@ -250,7 +250,8 @@ class Witness:
         """
         field = self.field
         sums = CotangentSums(field, needed)
-        with without_autocast(device), field.generators.kept(), field.restored():
+        draws = field.generators.kept() if field.draws else contextlib.nullcontext()
+        with without_autocast(device), draws, field.restored():
             if self._addresses[: len(self.saved)] != [_address(tensor) for tensor in self.saved]:
                 raise RuntimeError(_CHANGED.format("was given other memory (its .data was set, or it was moved)"))
             yield sums

@@ -67,13 +67,7 @@ def sweep(
         begin = end
         while begin > 0 and places[begin - 1][0] == n:
             begin -= 1
-        before = None if field.draws else field.generators.states()
         adjoint, slope_cotangent, of_step = back(n, begin, end, adjoint, {last: slope_cotangent})
-        if before is not None and not field.generators.are_at(before):
-            raise RuntimeError(
-                "symplectic_adjoint: the vector field drew random numbers that it did not draw when it was first "
-                "evaluated, so they can't be drawn again. Draw as often in each evaluation, or before the solve."
-            )
         if of_step is not None:
             times.append(of_step)
         end = begin
@@ -280,8 +274,8 @@ class _StepBack:
             raise RuntimeError(
                 "symplectic_adjoint: the vector field returned other values in the backward pass than in the forward "
                 f"pass (a step ended {worst:.0e} off, relative to the state), so the gradient would be wrong. What it "
-                "depends on must not change in between: modules in train or eval mode, counters and caches, random "
-                "numbers that are not torch's."
+                "depends on must not change in between: counters, caches, random numbers that are not torch's, or that "
+                "it did not draw when it was first evaluated."
             )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,19 @@ from ...vector_field import VectorField
 from . import adjoint
 from .methods import base_solver, is_one_step, solvers
 from .recorders import GridTimes, RecordedField, StartingTime, recording
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _not_compiled(method: _Method) -> _Method:
+    """Have torch.compile, if it compiles what calls this, leave this alone: a solve is all data-dependent control flow."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Any) -> Any:
+        dynamo = sys.modules.get("torch._dynamo")  # not imported for this: it takes seconds
+        return method(*args) if dynamo is None else dynamo.disable(method)(*args)
+
+    return wrapped  # type: ignore[return-value]
 
 
 class SymplecticAdjoint:
@@ -95,6 +110,7 @@ class SymplecticAdjoint:
         """Undo `install`."""
         adjoint.uninstall()
 
+    @_not_compiled
     def integrate(self, t: Tensor) -> Tensor:
         """The solution at the times t, shape (len(t), *y0.shape)."""
         if not torch.is_grad_enabled():
@@ -104,6 +120,7 @@ class SymplecticAdjoint:
             solution = self.base.integrate(t.detach())
         return self._attached(solution, times, self.base.places(self.base.output_times(t.detach())))
 
+    @_not_compiled
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The time of the event, a constant as in torchdiffeq, and the states at t0 and then, shape (2, *y0.shape)."""
         if not torch.is_grad_enabled():

@@ -339,15 +339,22 @@ _tableaux: dict[Any, ButcherTableau | None] = {}
 def _read(solver: Any) -> ButcherTableau | None:
     try:
         # Taken as they are: coefficients rounded to single precision, and times that are not the sums of their rows.
-        return read_tableau(_step_function(solver), rounding=float("inf"))
+        return read_tableau(_step_function(solver, torch.float64), rounding=float("inf"))
     except Exception:  # whatever a step that is not of the kind makes of made-up slopes
         return None
 
 
-def _step_function(solver: Any) -> Any:
-    """A solver's step, to be probed on the CPU."""
+def _step_function(solver: Any, dtype: torch.dtype | None = None) -> Any:
+    """A solver's step, to be probed on the CPU, with its coefficients in at least this precision.
+
+    In single precision `dt * a[0]` rounds a size in double precision: no longer a linear map of the slopes.
+    """
     probed = copy.copy(solver)
     if solver.tableau is not None:
+
+        def cast(part: Tensor) -> Tensor:
+            return part.cpu().to(part.dtype if dtype is None else torch.promote_types(part.dtype, dtype))
+
         c, a, *weights = solver.tableau
-        probed.tableau = (c.cpu(), [row.cpu() for row in a], *(weight.cpu() for weight in weights))
+        probed.tableau = (cast(c), [cast(row) for row in a], *(cast(weight) for weight in weights))
     return lambda f, t, x, h: solver.base.step(probed, f, x, t, h)[1]
