@@ -465,12 +465,47 @@ class TestGraphs:
         two = torch.autograd.grad((y[3] ** 2).sum(), field.w1)[0]
         assert_same([one + two], theirs)
 
-    def test_second_derivatives_are_refused(self) -> None:
+    @pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_second_derivatives(self, method, reverse) -> None:
+        field = mlp()
+        encoder = random(2).requires_grad_()
+        shift = torch.sin(encoder)  # and so entangled with what it is computed from
+        y0, t = Y0.clone().requires_grad_(), (T.flip(0) if reverse else T).clone().requires_grad_()
+        options = {"first_step": 0.1} if method in ADAPTIVE else {"step_size": 0.13, "interp": "cubic"}
+        if method == "dopri5":
+            options["jump_t"] = T[1:2] + 0.1
+        inputs = [y0, t, encoder, field.w1, field.w2]
+        found = []
+        for name in (method, f"symplectic_adjoint:{method}"):
+            y = torchdiffeq.odeint(
+                lambda t, y: field(t, y) + shift + encoder * y,
+                y0,
+                t,
+                method=name,
+                options=options,
+                rtol=1e-2,
+                atol=1e-2,
+            )
+            first = torch.autograd.grad((y**3).sum(), inputs, create_graph=True)
+            penalty = sum((g**2).sum() for g in first) + y.sum()
+            found.append(torch.autograd.grad(penalty, [*inputs, field.b1], retain_graph=True))
+        assert_same(found[1], found[0], 1e-11)
+
+    def test_second_derivatives_with_a_constant_cotangent(self) -> None:
+        field, y0, found = mlp(), Y0.clone().requires_grad_(), []
+        for method in ("dopri5", "symplectic_adjoint"):
+            y = torchdiffeq.odeint(field, y0, T, method=method, options={"first_step": 0.1})
+            (gradient,) = torch.autograd.grad(y.sum(), y0, create_graph=True)
+            found.append(torch.autograd.grad((gradient**2).sum(), (y0, field.w1)))
+        assert_same(found[1], found[0])
+
+    def test_third_derivatives_are_refused(self) -> None:
         field, y0 = mlp(), Y0.clone().requires_grad_()
         y = torchdiffeq.odeint(field, y0, T, method="symplectic_adjoint")
-        (grad,) = torch.autograd.grad(y.sum(), y0, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiated again"):
-            grad.sum().backward()
+        (first,) = torch.autograd.grad((y**2).sum(), y0, create_graph=True)
+        with pytest.raises(RuntimeError, match="third derivatives"):
+            torch.autograd.grad((first**2).sum(), y0, create_graph=True)
 
     def test_autocast_of_the_forward_pass_holds_in_the_backward_pass(self) -> None:
         generator = torch.Generator().manual_seed(0)

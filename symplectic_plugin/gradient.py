@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sweep import TimeCotangents, sweep, sweep_step
+from .replay import Times, replay
+from .sweep import sweep, sweep_step
 from .trajectory import Trajectory
 from .vector_field import CotangentSums, VectorField, without_autocast
 
-TimeGradients = Callable[[TimeCotangents], Sequence[Tensor]]
+TimesOf = Callable[..., Times]
+"""A solve's times as functions of the tensors that they come from: called with the trajectory and those."""
 
 
 def attach(
@@ -24,7 +26,7 @@ def attach(
     field: VectorField,
     initial: Tensor,
     times: tuple[Tensor, ...],
-    time_gradients: TimeGradients,
+    times_of: TimesOf,
 ) -> Tensor:
     """Make a solution that was computed without a graph a function of what it depends on.
 
@@ -34,45 +36,13 @@ def attach(
         field: its vector field, with its dependencies discovered.
         initial: the initial state.
         times: the tensors that the solve's times come from.
-        time_gradients: turns the cotangents of a solve's times into those of `times`.
+        times_of: the solve's times as functions of those.
 
     Returns:
         The same values, with a gradient for the initial state, the dependencies and the times.
     """
-    record = _Record(solution, trajectory, field, time_gradients, len(times))
+    record = _Record(solution, trajectory, field, times_of, len(times))
     return _RecordedSolve.apply(record, initial, *times, *field.dependencies)
-
-
-def _once_differentiable(backward: Any) -> Any:
-    """Have gradients that are differentiated again raise, whatever they are differentiated by.
-
-    torch's own `once_differentiable` lets them pass for constants where the cotangent is one.
-    """
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, *cotangents: Any) -> Any:
-        with torch.no_grad():
-            gradients = backward(ctx, *cotangents)
-        if not torch.is_grad_enabled():
-            return gradients
-        return tuple(
-            None if g is None else _SecondDerivative.apply(g, g.new_zeros(()).requires_grad_()) for g in gradients
-        )
-
-    return wrapped
-
-
-class _SecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "symplectic_adjoint: a gradient was differentiated again (create_graph=True), but there are first "
-            "derivatives only. Use the base method itself for second ones."
-        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +52,7 @@ class _Record:
     solution: Tensor | None
     trajectory: Trajectory
     field: VectorField
-    time_gradients: TimeGradients
+    times_of: TimesOf
     n_times: int
 
 
@@ -96,27 +66,93 @@ class _RecordedSolve(torch.autograd.Function):
         # All saved: so autograd notices what is changed in place before the backward pass, frees the checkpoints after
         # it, and lets hooks on saved tensors have them. The first state is the initial one.
         slopes = [slope for slope in trajectory.slopes if slope is not None]
-        ctx.save_for_backward(initial, *trajectory.states[1:], *slopes, *ctx.witness.saved)
+        times = inputs[: record.n_times]
+        ctx.save_for_backward(*times, initial, *trajectory.states[1:], *slopes, *ctx.witness.saved)
         return record.solution
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         record: _Record = ctx.record
-        saved = ctx.saved_tensors
-        n_states = max(1, len(ctx.has_slope) + (1 if record.trajectory.ends else 0))
+        n_times, n_steps = record.n_times, len(ctx.has_slope)
+        unpacked = ctx.saved_tensors
+        times, saved = unpacked[:n_times], unpacked[n_times:]
+        n_states = max(1, n_steps + (1 if record.trajectory.ends else 0))
         slopes = iter(saved[n_states:])
         trajectory = replace(
             record.trajectory,
             states=[state.detach() for state in saved[:n_states]],
             slopes=[next(slopes) if has else None for has in ctx.has_slope],
         )
-        _, needs_initial, *needs = ctx.needs_input_grad
-        needs_times, needs_dependencies = needs[: record.n_times], needs[record.n_times :]
-        with ctx.witness.checked(needs_dependencies, cotangent.device) as sums:
-            initial, times = sweep(trajectory, record.field, sums, cotangent, any(needs_times))
-            time_gradients = [None] * record.n_times if times is None else record.time_gradients(times)
-        return None, initial if needs_initial else None, *time_gradients, *sums.results()
+        arguments = (replace(record, trajectory=trajectory), ctx.witness, ctx.needs_input_grad[1:])
+        if not torch.is_grad_enabled():
+            return None, *_gradient(*arguments, cotangent, times)
+        return None, *_Gradient.apply(arguments, cotangent, saved[0], *times, *record.field.dependencies)
+
+
+def _gradient(
+    record: _Record, witness: Witness, needed: Sequence[bool], cotangent: Tensor, times: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The cotangents of the initial state, of the times and of the dependencies, as far as they are needed."""
+    needs_times, needs_dependencies = needed[1 : 1 + len(times)], needed[1 + len(times) :]
+    with witness.checked(needs_dependencies, cotangent.device) as sums:
+        initial, of_times = sweep(record.trajectory, record.field, sums, cotangent, any(needs_times))
+        time_gradients: Sequence[Tensor | None] = [None] * len(times)
+        if of_times is not None:
+            with torch.enable_grad():
+                leaves = [time.detach().requires_grad_() for time in times]
+                solve_times = record.times_of(record.trajectory, *leaves)
+            time_gradients = _grad(
+                solve_times, leaves, [of_times.starts, of_times.sizes, of_times.outputs], create_graph=False
+            )
+    return [initial if needed[0] else None, *time_gradients, *sums.results()]
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient as a function that can be differentiated itself: by the graph of the whole solve, in its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, arguments: Any, cotangent: Tensor, initial: Tensor, *inputs: Tensor) -> Any:
+        record, witness, needed = arguments
+        ctx.arguments = replace(record, trajectory=replace(record.trajectory, states=[], slopes=[])), witness
+        times = inputs[: record.n_times]
+        ctx.save_for_backward(cotangent, initial, *times, *witness.saved)
+        ctx.set_materialize_grads(False)
+        return tuple(_gradient(record, witness, needed, cotangent, times))
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "symplectic_adjoint: there are no third derivatives (create_graph=True on a gradient of a gradient): "
+                "use the base method itself for those"
+            )
+        record, witness = ctx.arguments
+        unpacked = ctx.saved_tensors[: 2 + record.n_times]
+        needed = [True] * len(record.field.dependencies)
+        with witness.checked(needed, unpacked[0].device) as sums, torch.enable_grad():
+            cotangent, initial, *times = (x.detach().requires_grad_() for x in unpacked)
+            solve_times = record.times_of(record.trajectory, *times)
+            with record.field.generators.kept():
+                outputs = replay(record.trajectory, record.field, sums, initial, solve_times)
+            inputs = [initial, *times, *sums.inputs]
+            first = _grad([outputs], inputs, [cotangent], create_graph=True)
+            second = _grad(first, [cotangent, *inputs], directions, create_graph=False)
+        return None, *second
+
+
+def _grad(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], create_graph: bool
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad`, for outputs and cotangents that may be missing."""
+    pairs = [
+        (output, cotangent.to(output.dtype))
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output is not None and cotangent is not None and output.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    given = [output for output, _ in pairs], inputs, [cotangent for _, cotangent in pairs]
+    return torch.autograd.grad(*given, allow_unused=True, create_graph=create_graph)
 
 
 def attach_step(
@@ -161,6 +197,38 @@ class _StepRecord:
     with_loss: bool
     stages: tuple[int, ...]
     keep_slope: bool
+
+
+def _once_differentiable(backward: Any) -> Any:
+    """Have gradients that are differentiated again raise, whatever they are differentiated by.
+
+    torch's own `once_differentiable` lets them pass for constants where the cotangent is one.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *cotangents: Any) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, *cotangents)
+        if not torch.is_grad_enabled():
+            return gradients
+        return tuple(
+            None if g is None else _SecondDerivative.apply(g, g.new_zeros(()).requires_grad_()) for g in gradients
+        )
+
+    return wrapped
+
+
+class _SecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "symplectic_adjoint: a gradient was differentiated again (create_graph=True), but there are first "
+            "derivatives only here. Use the base method itself for second ones."
+        )
 
 
 class _RecordedStep(torch.autograd.Function):

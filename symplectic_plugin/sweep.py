@@ -188,13 +188,9 @@ class _StepBack:
         # Forward, without graphs, for the slopes that later stages are made of. Where f draws random numbers, all
         # evaluations are made in the order in which the host made them, and what each will draw is noted.
         draws: list[GeneratorStates | None] = [None] * s
-        if step.first_draw is not None:
-            field.generators.set(step.first_draw)
-        elif step.draws is not None:
-            field.generators.set(step.draws)
         for i in range(s):
-            if i == 1 and step.draws is not None and (step.first_draw is not None or step.slope_handed_on):
-                field.generators.set(step.draws)
+            if (before := step.draws_before(i)) is not None:
+                field.generators.set(before)
             if step.draws is not None:
                 draws[i] = field.generators.states()
             slope = trajectory.slopes[n] if i == 0 else None

@@ -39,6 +39,13 @@ class Step:
     first_draw: GeneratorStates | None = None
     draws: GeneratorStates | None = None
 
+    def draws_before(self, stage: int) -> GeneratorStates | None:
+        """Where the random number generators are to be put before a stage is evaluated again, if anywhere."""
+        first_is_outside = self.first_draw is not None or self.slope_handed_on
+        if stage == 0:
+            return self.first_draw if first_is_outside else self.draws
+        return self.draws if stage == 1 and first_is_outside else None
+
 
 class DenseOutput(ABC):
     """A host's interpolant inside a step: x(t_n + theta h) = x_n + h sum_i b_i(theta) k_i."""

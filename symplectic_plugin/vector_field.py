@@ -152,6 +152,11 @@ class VectorField:
         sums.add(grads[1 + want_time :])
         return slope.detach(), grads[0], grads[1] if want_time else None
 
+    def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, sums: CotangentSums) -> Tensor:
+        """The slope f(t, x), with its graph back to t, x and the dependencies or their stand-ins."""
+        with torch.enable_grad(), self._forward_autocast(), sums.substitution():
+            return self.function(t, x, **keywords)
+
     def _with_graph(
         self, t: Tensor, x: Tensor, keywords: Keywords, sums: CotangentSums, want_time: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -159,8 +164,7 @@ class VectorField:
         with torch.enable_grad():
             leaf, argument = _as_argument(x)
             t = t.detach().requires_grad_(want_time)
-            with self._forward_autocast(), sums.substitution():
-                return leaf, t, argument, self.function(t, argument, **keywords)
+            return leaf, t, argument, self.evaluate(t, argument, keywords, sums)
 
     def _strangers(self, slope: Tensor, argument: Tensor, own: Iterable[Tensor], sums: CotangentSums) -> set[Any]:
         """Leaves that are neither known nor f's arguments, and older nodes, in the slope's graph.

@@ -15,7 +15,7 @@ from torchdiffeq._impl.misc import Perturb
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 
 from ...randomness import GeneratorStates
-from ...sweep import TimeCotangents
+from ...replay import Times
 from ...trajectory import Step, Trajectory
 from ...vector_field import VectorField
 from .methods import hands_on_slope, read_dense_output, read_method
@@ -280,17 +280,25 @@ class StartingTime:
         self.cut_steps: list[int] = []
         """Steps cut to end at a step_t or jump_t, which does not move: the step's size takes up the start's move."""
 
-    def gradients(self, cotangents: TimeCotangents) -> tuple[Tensor]:
-        """The cotangent of t."""
-        t = self.inputs[0]
-        if self.cut_steps:
-            cut = self.cut_steps[0]
-            start = cotangents.starts[: cut + 1].sum() - cotangents.sizes[cut]
-        else:
-            start = cotangents.starts.sum()
-        if t.ndim == 0:  # up to an event, whose time is a constant, as in torchdiffeq
-            return (start.to(t.dtype),)
-        return (torch.cat([start.reshape(1), cotangents.outputs]).to(t.dtype),)
+    def __call__(self, trajectory: Trajectory, t: Tensor) -> Times:
+        """The solve's times as functions of t: the output times, or the start alone of a solve up to an event."""
+        start = t.reshape(-1)[0].double()
+        moved = start - start.detach()
+        starts, sizes = (
+            torch.tensor([getattr(step, name) for step in trajectory.steps], dtype=torch.float64, device=t.device)
+            for name in ("t0", "h")
+        )
+        last = self.cut_steps[0] if self.cut_steps else len(starts)
+        step = torch.arange(len(starts), device=t.device)
+        moving = torch.where(step <= last, moved, 0.0)
+        outputs = torch.tensor(
+            [trajectory.steps[n].t0 + theta * trajectory.steps[n].h for n, theta in trajectory.outputs if n >= 0],
+            dtype=torch.float64, device=t.device,
+        )  # fmt: skip
+        # An event's time is a constant, as in torchdiffeq.
+        return Times(
+            starts + moving, sizes - torch.where(step == last, moved, 0.0), t[1:].double() if t.ndim else outputs
+        )
 
 
 class GridTimes:
@@ -299,9 +307,6 @@ class GridTimes:
     def __init__(self, t: Tensor, grid: Tensor) -> None:
         self.inputs = (t, grid)
 
-    def gradients(self, cotangents: TimeCotangents) -> tuple[Tensor, Tensor]:
-        """The cotangents of t, as far as it does not act through the grid, and of the grid."""
-        t, grid = self.inputs
-        zero = cotangents.starts.new_zeros(1)
-        of_grid = torch.cat([cotangents.starts - cotangents.sizes, zero]) + torch.cat([zero, cotangents.sizes])
-        return torch.cat([zero, cotangents.outputs]).to(t.dtype), of_grid.to(grid.dtype)
+    def __call__(self, trajectory: Trajectory, t: Tensor, grid: Tensor) -> Times:
+        """The solve's times as functions of the output times and the grid."""
+        return Times(grid[:-1].double(), grid.diff().double(), t[1:].double())

@@ -21,7 +21,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _not_compiled(method: _Method) -> _Method:
-    """Have torch.compile, if it compiles what calls this, leave this alone: a solve is all data-dependent control flow."""
+    """Have torch.compile, if it compiles what calls this, leave this alone: its control flow depends on data."""
 
     @functools.wraps(method)
     def wrapped(*args: Any) -> Any:
@@ -140,4 +140,4 @@ class SymplecticAdjoint:
                 stacklevel=5,
             )
         trajectory = self.base.finish(places)
-        return attach(solution, trajectory, self.field, self.y0, times.inputs, times.gradients)
+        return attach(solution, trajectory, self.field, self.y0, times.inputs, times)

@@ -1,0 +1,81 @@
+"""A recorded solve taken again with its whole graph, for derivatives of its gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .trajectory import Trajectory
+from .vector_field import CotangentSums, VectorField
+
+
+class Times(NamedTuple):
+    """A solve's times, as functions of whatever they come from.
+
+    Args:
+        starts: of each step's start, shape (N,).
+        sizes: of the steps, shape (N,).
+        outputs: of each output but the first, shape (M,).
+    """
+
+    starts: Tensor
+    sizes: Tensor
+    outputs: Tensor
+
+
+def replay(trajectory: Trajectory, field: VectorField, sums: CotangentSums, initial: Tensor, times: Times) -> Tensor:
+    """The outputs of a solve, shape (M + 1, *state), with the graph of every evaluation: full memory.
+
+    Args:
+        trajectory: the solve.
+        field: its vector field.
+        sums: whose stand-ins take the place of dependencies.
+        initial: the initial state.
+        times: the solve's times, of which the values are the trajectory's.
+    """
+    x = initial
+    outputs = [x]
+    handed_on: Tensor | None = None
+    for n, step in enumerate(trajectory.steps):
+        # Values are those that the solve had, to the last bit; only their derivatives are taken from `times`.
+        start, size = times.starts[n] - times.starts[n].detach(), times.sizes[n] - times.sizes[n].detach()
+        h = step.h + size
+        inside = [m for m, (place, _) in enumerate(trajectory.outputs) if place == n]
+        end_stage = trajectory.dense.end_stage and bool(inside)
+        tableau = trajectory.tableau.with_end_stage() if end_stage else trajectory.tableau
+        stage_times = trajectory.stage_times(step)
+        keywords = [step.first_keywords, *trajectory.keywords[1:], {}]
+        slopes: list[Tensor] = []
+        for i in range(tableau.stages):
+            if (draw := step.draws_before(i)) is not None:
+                field.generators.set(draw)
+            if i == 0 and step.slope_handed_on:
+                assert handed_on is not None
+                slopes.append(handed_on)
+                continue
+            stage = x + h * _combined(tableau.a[i, :i], slopes) if i else x
+            t = stage_times[i] + (start + float(tableau.c[i]) * size).to(stage_times[i].dtype)
+            slopes.append(field.evaluate(t, stage, keywords[i], sums))
+        if inside:
+            theta = torch.stack(
+                [trajectory.outputs[m][1] + _shift((times.outputs[m] - step.t0 - start) / h) for m in inside]
+            )
+            weights = trajectory.dense.weights(theta.cpu().double())
+            outputs += [x + h * _combined(row, slopes) for row in weights]
+        x = x + h * _combined(tableau.b, slopes)
+        handed_on = slopes[trajectory.tableau.stages - 1]
+    outputs += [initial] * (len(trajectory.outputs) + 1 - len(outputs))  # an event that is met at once
+    return torch.stack(outputs)
+
+
+def _combined(weights: Tensor, slopes: list[Tensor]) -> Tensor:
+    """The weighted sum of slopes."""
+    weights = weights.to(slopes[0])
+    return sum((w * k for w, k in zip(weights, slopes, strict=True)), torch.zeros_like(slopes[0]))
+
+
+def _shift(value: Tensor) -> Tensor:
+    """Zero, with the derivative of a value."""
+    return value - value.detach()
