@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 Edge = tuple[Any, int]
 """A tensor's place in the autograd graph: the node that made it, and which of the node's outputs it is."""
@@ -47,6 +48,7 @@ class Held:
         self.tensors: list[Tensor] = []
         self.frozen: list[Tensor] = []
         self._places: list[_Place] = []
+        self._norms: list[torch.nn.Module] = []
         seen: set[int] = set()
         kept: list[object] = []  # so that no identity is used twice
         stack: list[object] = [root]
@@ -56,6 +58,8 @@ class Held:
                 continue
             seen.add(id(item))
             kept.append(item)
+            if isinstance(item, _NormBase):
+                self._norms.append(item)
             if not isinstance(item, Tensor):
                 for part, place in _parts(item):
                     stack.append(part)
@@ -68,13 +72,21 @@ class Held:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Put back, for as long, what was given up for something else since: a context set anew for each solve."""
+        """Put back, for as long, what was given up for something else since: a context set anew for each solve.
+
+        Batch norms get copies of their running statistics, so that evaluating f again does not count twice in them.
+        """
         changed = [(place, place.get()) for place in self._places if place.is_changed()]
+        statistics = [(norm, dict(norm._buffers)) for norm in self._norms]
         try:
             for place, _ in changed:
                 place.set(place.value())
+            for norm, buffers in statistics:
+                norm._buffers.update({name: None if x is None else x.clone() for name, x in buffers.items()})
             yield
         finally:
+            for norm, buffers in statistics:
+                norm._buffers.update(buffers)
             for place, now in changed:
                 place.set(now)
 
