@@ -3,6 +3,7 @@
 What happens at import happens once in a process, so each test runs programs in fresh interpreters.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -289,7 +290,7 @@ def test_the_package_is_light_and_does_not_need_torch(run):
         assert not hasattr(symplectic_plugin, "nonsense")
         assert "torch" not in sys.modules
 
-        sys.modules["torchdiffeq"] = None  # as if it were not installed
+        sys.modules["torchdiffeq"] = sys.modules["torchdyn"] = None  # as if they were not installed
         for arguments in (), ("torchdiffeq",):
             try:
                 symplectic_plugin.register(*arguments)
@@ -354,3 +355,138 @@ def test_cost_to_programs_that_only_use_torch(run):
         if min(costs) < 5e-3:
             break
     assert min(costs) < 5e-3, costs
+
+
+needs_torchdyn = pytest.mark.skipif(importlib.util.find_spec("torchdyn") is None, reason="torchdyn is not installed")
+
+# The same for torchdyn, whose import takes seconds.
+TORCHDYN_CHECKS = """
+import inspect, math, sys
+import checks
+
+NAMES = {"symplectic_adjoint", "symplectic_adjoint:rk4", "symplectic_adjoint:dopri5", "symplectic_adjoint:alf"}
+
+def tables():
+    ode = sys.modules["torchdyn.numerics.solvers.ode"]
+    return ode.SOLVER_DICT, ode.MS_SOLVER_DICT
+
+def registered():
+    solvers, shooting = tables()
+    return NAMES <= set(solvers) and "symplectic_adjoint:parareal" in shooting
+
+def unregistered():
+    return not any("symplectic" in name for table in tables() for name in table)
+
+def host():
+    # all that a registration may touch
+    odeint = sys.modules["torchdyn.numerics.odeint"]
+    problems = sys.modules.get("torchdyn.core.problems")
+    methods = [vars(problems.ODEProblem), vars(problems.MultipleShootingProblem)] if problems else []
+    modules = [vars(sys.modules[name]) for name in sorted(sys.modules) if name.split(".")[0] == "torchdyn"]
+    return [list(table.items()) for table in tables()], [dict(each) for each in modules + methods]
+
+def solves(solver="symplectic_adjoint"):
+    import torch
+    from torchdyn.numerics import odeint
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    y = odeint(lambda t, x: -x, x, torch.tensor([0.0, 1.0], dtype=torch.float64), solver, atol=1e-8, rtol=1e-8)[1]
+    y[-1].sum().backward()
+    kinds = []
+    node = y.grad_fn
+    while node is not None:
+        kinds.append(type(node).__name__)
+        node = next((next_node for next_node, _ in reversed(node.next_functions) if next_node is not None), None)
+    return abs(x.grad[0].item() - math.exp(-1)) < 1e-6 and any("RecordedStep" in kind for kind in kinds)
+
+def trains():
+    import torch
+    from torchdyn.core import NeuralODE
+    field = torch.nn.Linear(2, 2)
+    model = NeuralODE(field, sensitivity="symplectic_adjoint")
+    model(torch.ones(3, 2), torch.tensor([0.0, 1.0]))[1][-1].sum().backward()
+    return field.weight.grad.norm() > 0
+"""
+
+
+@pytest.fixture
+def run_torchdyn(run, tmp_path):
+    (tmp_path / "torchdyn_checks.py").write_text(TORCHDYN_CHECKS)
+    return run
+
+
+@needs_torchdyn
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import torch, torchdyn.core",
+        "from torchdyn.core import NeuralODE",
+        "from torchdyn.numerics import odeint",
+        "from symplectic_plugin.hosts.torchdyn import SymplecticAdjoint",
+    ],
+)
+def test_found_in_every_order_of_imports_of_torchdyn(run_torchdyn, imports):
+    done = run_torchdyn(
+        "-c",
+        f"{imports}\nimport torchdyn.numerics\nfrom torchdyn_checks import *\n"
+        "assert registered() and solves() and solves('symplectic_adjoint:dopri5') and trains()",
+    )
+    assert "symplectic" not in done.stderr
+
+
+@needs_torchdyn
+@pytest.mark.parametrize("order", [("torchdiffeq", "torchdyn.core"), ("torchdyn.core", "torchdiffeq")])
+def test_both_hosts_in_either_order(run_torchdyn, order):
+    imports = "".join(f"import {host}\n" for host in order)
+    done = run_torchdyn(
+        "-c",
+        f"{imports}from torchdyn_checks import *\nassert registered() and solves() and trains()\n"
+        "assert checks.registered() and checks.solves() and checks.host_is_intact()",
+    )
+    assert "symplectic" not in done.stderr
+
+
+@needs_torchdyn
+def test_torchdyn_is_registered_with_and_left_exactly_as_it_was(run_torchdyn):
+    run_torchdyn(
+        "-c",
+        """if True:
+        import torchdyn.core
+        from torchdyn_checks import *
+        import symplectic_plugin
+        from torchdyn.core import NeuralODE
+        assert unregistered() and symplectic_plugin.registered() == {}
+        before = host()
+
+        symplectic_plugin.register("torchdyn")
+        assert registered() and solves() and trains()
+        by = symplectic_plugin.registered()
+        assert set(by["torchdyn.solvers"]) == {name for name in tables()[0] if "symplectic" in name}
+        assert set(by["torchdyn.sensitivities"]) == {"symplectic_adjoint"}
+        once = host()
+        assert once != before
+        symplectic_plugin.register("torchdyn")
+        assert host() == once
+
+        for _ in range(2):
+            symplectic_plugin.unregister("torchdyn")
+            assert unregistered() and host() == before and symplectic_plugin.registered() == {}
+        try:
+            trains()
+        except TypeError:  # torchdyn's way to say that it does not know a sensitivity
+            pass
+        else:
+            raise AssertionError
+        symplectic_plugin.register("torchdyn")
+        assert registered() and solves() and trains()
+        """,
+        **{SWITCH: "0"},
+    )
+
+
+@needs_torchdyn
+def test_torchdyn_is_not_imported_for_programs_that_do_not(run):
+    run(
+        "-c",
+        "import torch, torchdiffeq, sys, symplectic_plugin\nsymplectic_plugin.register()\n"
+        "assert not any(name.split('.')[0] == 'torchdyn' for name in sys.modules)",
+    )

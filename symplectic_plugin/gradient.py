@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .replay import Times, replay
-from .sweep import sweep, sweep_step
+from .sweep import TimeCotangents, sweep, sweep_step
 from .trajectory import Trajectory
 from .vector_field import CotangentSums, VectorField, without_autocast
 
@@ -280,14 +280,40 @@ class _RecordedStep(torch.autograd.Function):
                 {i: flat(slope, 0.0) for i, slope in zip(record.stages, slopes, strict=True)},
                 needs_t or needs_h,
             )
+            if record.with_loss and of_slope is not None:
+                _add_loss_at_start(trajectory, record.field, sums, of_state, of_slope, of_times)
+        both = [None, None] if of_times is None else [of_times.starts, of_times.sizes]
         if record.with_loss:
             of_state = of_state[:-1].view(start.shape)
-        both = (None, None) if of_times is None else (of_times.starts, of_times.sizes)
+            of_slope = None if of_slope is None else of_slope[:-1].view(start.shape)
         of_t, of_h = (
             None if time is None else time.to(dtype).reshape(shape)
             for time, (shape, dtype) in zip(both, ctx.times, strict=True)
         )
         return None, None, of_state.to(start.dtype), of_t, of_h, of_slope, *sums.results()
+
+
+def _add_loss_at_start(
+    trajectory: Trajectory,
+    field: VectorField,
+    sums: CotangentSums,
+    of_state: Tensor,
+    of_slope: Tensor,
+    of_times: TimeCotangents | None,
+) -> None:
+    """Add, in place, what acts through the integrand at a step's start: handed on was the slope of the state alone."""
+    step = trajectory.steps[0]
+    cotangent = torch.zeros_like(of_slope)
+    cotangent[-1] = of_slope[-1]
+    time = trajectory.stage_times(step)[0]
+    slope, product, tau = field.vjp(time, trajectory.states[0], {}, cotangent, sums, of_times is not None)
+    if product is not None:
+        of_state += product
+    if of_times is not None:
+        if trajectory.slopes[0] is not None:  # else it was evaluated again, with the integrand
+            of_times.sizes.add_(slope[-1] * of_slope[-1] / step.h)
+        if tau is not None:
+            of_times.starts.add_(tau.sum())
 
 
 class Witness:

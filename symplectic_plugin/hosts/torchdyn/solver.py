@@ -171,9 +171,7 @@ class _AdjointSteps:
         at_start = solve.is_at_start(k1, x)
         of_step_before = k1 is not None and getattr(k1, "symplectic_adjoint_state", lambda: None)() is x
         recomputed = (at_start or of_step_before) and not field.draws
-        if self.loss is not None and k1 is not None and not recomputed:
-            raise ValueError(f"{_NAME}: integral_loss needs a vector field that draws no random numbers")
-        fresh = k1 is None or (recomputed and (at_start or self.loss is not None))
+        fresh = k1 is None or (recomputed and at_start)
         t0, h = t.item(), dt.item()
         step = Step(t0, t0 + h, h, not fresh, {}, None, evaluate.draws)
         tableau = solve.tableau

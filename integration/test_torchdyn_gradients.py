@@ -1,0 +1,221 @@
+"""Every gradient is that of torchdyn's sensitivity="autograd" with the same steps, the first one's size a constant."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+pytest.importorskip("torchdyn")
+
+from torchdyn.core import MultipleShootingProblem, NeuralODE, ODEProblem
+from torchdyn.numerics import odeint
+from torchdyn.numerics.solvers.hyper import HyperEuler, HyperMidpoint, HyperRungeKutta4
+from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT
+
+from symplectic_plugin.hosts.torchdyn.solver import _tableau as tableau_of
+from symplectic_plugin.hosts.torchdyn.solver import with_adjoint
+
+from .fields import MLP, Outcome, errors, problems
+
+EXACT = 1e-12
+FLAG = "symplectic_adjoint"
+FIXED = ("euler", "midpoint", "rk4")
+ADAPTIVE = ("dopri5", "tsit5")
+IMPLICIT = ("ieuler", "implicit_euler")
+HYPERSOLVERS = (HyperEuler, HyperMidpoint, HyperRungeKutta4)
+# Fixed-step methods take no tolerances and say so whenever they are given other ones than odeint's defaults.
+pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has no effect")
+
+
+@contextlib.contextmanager
+def constant_first_step() -> Iterator[None]:
+    """torchdyn's own first step size, without the gradient that its backpropagation carries through the choice."""
+    module: Any = sys.modules["torchdyn.numerics.odeint"]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(module, "init_step", torch.no_grad()(module.init_step))
+        yield
+
+
+def by_problem(sensitivity: str, problem: type = ODEProblem, **keywords: Any) -> Callable[..., Tensor]:
+    """What solves by one of torchdyn's problems."""
+    given = {"save_at": keywords.pop("save_at")} if "save_at" in keywords else {}
+
+    def solve(field: Any, x: Tensor, t_span: Tensor) -> Tensor:
+        return problem(field, sensitivity=sensitivity, **keywords).odeint(x, t_span, **given)[1]
+
+    return solve
+
+
+def by_function(**keywords: Any) -> Callable[..., Tensor]:
+    """What solves by torchdyn's odeint."""
+    return lambda field, x, t_span: odeint(field, x, t_span, **keywords)[1]
+
+
+def outcomes(
+    field: nn.Module, x: Tensor, t_span: Tensor, actual: Any, expected: Any, others: tuple[Tensor, ...] = ()
+) -> tuple[Outcome, Outcome]:
+    with constant_first_step():
+        reference = Outcome(field, x, t_span, odeint=expected, others=others)
+    return Outcome(field, x, t_span, odeint=actual, others=others), reference
+
+
+def assert_exact(actual: Outcome, expected: Outcome, bound: float = EXACT) -> None:
+    torch.testing.assert_close(actual.values, expected.values, rtol=1e-13, atol=1e-13)
+    found = errors(actual, expected)
+    assert max(found.values()) <= bound, found
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> Tensor:
+    """Two to seven times, evenly spaced or not, increasing or decreasing."""
+    gaps = draw(st.lists(st.floats(0.05, 0.6), min_size=1, max_size=6))
+    t = torch.tensor([draw(st.floats(-1.0, 1.0)), *gaps], dtype=torch.float64).cumsum(0)
+    return t if draw(st.booleans()) else t.flip(0)
+
+
+@pytest.mark.parametrize("solver", FIXED)
+@settings(max_examples=25)
+@given(problems(), spans(), st.data())
+def test_fixed_step_solvers(solver, problem, t_span, data) -> None:
+    field, x, _ = problem
+    kept = data.draw(st.sets(st.integers(0, len(t_span) - 1), min_size=1))
+    # torchdyn turns reversed time around before it looks for the times to save at.
+    turned = t_span if t_span[1] > t_span[0] else -t_span
+    keywords = {"solver": solver, "save_at": turned[sorted(kept)] if data.draw(st.booleans()) else ()}
+    assert_exact(*outcomes(field, x, t_span, by_problem(FLAG, **keywords), by_problem("autograd", **keywords)))
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+@settings(max_examples=25)
+@given(problems(), spans(), st.floats(2, 7), st.sampled_from([None, "4th"]))
+def test_adaptive_solvers(solver, problem, t_span, digits, interpolator) -> None:
+    field, x, _ = problem
+    keywords = {"solver": solver, "atol": 10.0**-digits, "rtol": 10.0**-digits, "interpolator": interpolator}
+    assert_exact(*outcomes(field, x, t_span, by_problem(FLAG, **keywords), by_problem("autograd", **keywords)))
+
+
+@pytest.mark.parametrize("solver", HYPERSOLVERS)
+@settings(max_examples=10)
+@given(problems(), spans(), st.integers(0, 2**31))
+def test_hypersolvers_and_their_networks(solver, problem, t_span, seed) -> None:
+    field, x, _ = problem
+    network = MLP(x.shape[-1], 4, torch.Generator().manual_seed(seed))
+    used = tuple(p for name, p in network.named_parameters() if p.requires_grad and name != "unused")
+    ours, theirs = (by_problem(way, solver=solver(network, torch.float64)) for way in (FLAG, "autograd"))
+    assert_exact(*outcomes(field, x, t_span, ours, theirs, others=used))
+
+
+@settings(max_examples=15)
+@given(problems(), spans())
+def test_asynchronous_leapfrog(problem, t_span) -> None:
+    field, x, generator = problem
+    xv = torch.cat([x, torch.randn(x.shape, generator=generator, dtype=x.dtype)], -1)
+    assert_exact(*outcomes(field, xv, t_span, by_problem(FLAG, solver="alf"), by_problem("autograd", solver="alf")))
+
+
+@pytest.mark.parametrize("solver", sorted(name for name in SOLVER_DICT if FLAG not in name))
+def test_every_name_in_the_registry_by_every_flag(solver) -> None:
+    generator = torch.Generator().manual_seed(0)
+    field, x = MLP(3, 8, generator), torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    x = torch.cat([x, x.cos()], -1) if solver in ("alf", "AsynchronousLeapfrog") else x
+    t_span = torch.linspace(0, 1, 5, dtype=torch.float64)
+    flags = by_problem(FLAG, solver=solver), by_function(solver=f"{FLAG}:{solver}")
+    if solver in IMPLICIT:
+        for flag in flags:
+            with pytest.raises(ValueError, match=r"ImplicitEuler.* no gradient.*explicit solver"):
+                flag(field, x, t_span)
+        # As the error says: torchdyn's own result does not depend on anything.
+        assert not torch.autograd.grad(
+            odeint(field, x, t_span, solver=solver)[1].sum(), list(field.parameters())[:1], allow_unused=True
+        )[0]
+        return
+    for flag, reference in zip(flags, (by_problem("autograd", solver=solver), by_function(solver=solver)), strict=True):
+        assert_exact(*outcomes(field, x, t_span, flag, reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_which_solvers_are_runge_kutta_methods_and_which_are_recomputed(dtype) -> None:
+    x, t_span = torch.ones(2, dtype=dtype), torch.linspace(0, 1, 2, dtype=dtype)
+    solvers = {name: SOLVER_DICT[name](dtype=dtype) for name in SOLVER_DICT if FLAG not in name}
+    network = nn.Linear(2, 2)
+    solvers |= {hyper.__name__: hyper(lambda t, x: network(x), dtype) for hyper in HYPERSOLVERS}
+    found = set()
+    for name in solvers.keys() - set(IMPLICIT):
+        solver = with_adjoint(solvers[name])
+        solver.sync_device_dtype(x, t_span)
+        if tableau_of(solver) is not None:
+            found.add(SOLVER_DICT.get(name))
+    assert found == {SOLVER_DICT[name] for name in FIXED + ADAPTIVE}
+
+
+def test_the_flag_alone_is_tsit5() -> None:
+    generator = torch.Generator().manual_seed(0)
+    field, x = MLP(3, 8, generator), torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    t_span = torch.linspace(0, 1, 5, dtype=torch.float64)
+    assert_exact(*outcomes(field, x, t_span, by_function(solver=FLAG), by_function(solver="tsit5")))
+
+
+@pytest.mark.parametrize("solver", sorted(name for name in MS_SOLVER_DICT if FLAG not in name))
+def test_multiple_shooting(solver) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    class Autonomous(MLP):  # parallel-in-time solvers take f to be one
+        def forward(self, t, y):
+            return super().forward(torch.zeros(1, dtype=y.dtype), y)
+
+    field, x = Autonomous(3, 8, generator), torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    t_span = torch.linspace(0, 1, 4, dtype=torch.float64)
+    # With more than one iteration the "backward" ones index out of bounds, with any sensitivity.
+    keywords = {"problem": MultipleShootingProblem, "maxiter": 2 if "zero" in solver or solver == "parareal" else 0}
+    ours, theirs = (by_problem(way, solver=solver, **keywords) for way in (FLAG, "autograd"))
+    if "ieuler" in solver or "implicit" in solver:
+        with pytest.raises(ValueError, match=r"ParallelImplicitEuler.* no gradient"):
+            ours(field, x, t_span)
+        return
+    assert_exact(*outcomes(field, x, t_span, ours, theirs))
+
+
+def test_it_is_exact_where_torchdyns_adjoints_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    used = MLP(3, 16, generator)
+    field = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    with torch.no_grad():
+        field[0].weight.copy_(used.w1)
+        field[2].weight.copy_(used.w2)
+    x = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    t_span = torch.tensor([0.0, 3.0], dtype=torch.float64)
+
+    def gradient(sensitivity: str) -> Tensor:
+        model = NeuralODE(field, sensitivity=sensitivity, solver="dopri5", atol=1e-2, rtol=1e-2)
+        loss = (model(x, t_span)[1][-1] ** 2).sum()
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(field.parameters()))])
+
+    with constant_first_step():
+        exact = gradient("autograd")
+    found = {way: float((gradient(way) - exact).norm() / exact.norm()) for way in (FLAG, "adjoint")}
+    assert found[FLAG] <= EXACT
+    assert found["adjoint"] >= 1e-5, found
+
+
+@pytest.mark.parametrize("solver", FIXED + ADAPTIVE)
+def test_single_precision_is_exact_to_its_rounding(solver) -> None:
+    generator = torch.Generator().manual_seed(0)
+    field = MLP(3, 8, generator, dtype=torch.float32)
+    x, t_span = torch.randn(4, 3, generator=generator), torch.linspace(0, 1, 5)
+    actual, expected = outcomes(
+        field, x, t_span, by_problem(FLAG, solver=solver), by_problem("autograd", solver=solver)
+    )
+    assert torch.equal(actual.values, expected.values)
+    found = errors(actual, expected)
+    assert found.pop("t") <= 1e-5  # what remains of larger terms that cancel
+    assert max(found.values()) <= 3e-6, found
