@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import gc
 import warnings
@@ -599,7 +600,7 @@ class TestAnotherFieldInTheBackwardPass:
 
     @pytest.mark.parametrize("steps", [1, 10])
     def test_a_changed_number(self, steps) -> None:
-        w, factor = random(2).requires_grad_(), [1.0]
+        w, factor = random(2).requires_grad_(), collections.deque([1.0])  # what a deque holds is not looked at
         options = {"step_size": 1 / steps}
         y = torchdiffeq.odeint(
             lambda t, y: torch.sin(w * y) * factor[0], Y0, T, method="symplectic_adjoint:rk4", options=options
@@ -673,6 +674,68 @@ class TestStatePutBack:
             found.append(torch.autograd.grad(loss, inputs))
             assert field.context is context or not computed
         assert_same(found[1], found[0])
+
+    def test_what_selects_parameters_even_where_they_have_equal_values(self) -> None:
+        class Selecting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = nn.Linear(2, 2, dtype=torch.float64)
+                self.tables = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+                self.experts = nn.ModuleList(nn.Linear(2, 2, dtype=torch.float64) for _ in range(3))
+                for expert in self.experts:
+                    nn.init.zeros_(expert.weight)
+
+            def forward(self, t, y):
+                self.nfe = getattr(self, "nfe", 0) + 1
+                shift = self.tables[self.row] + self.expert(y) + u[i]
+                return torch.tanh(self.net(y) + (shift if self.enabled else 0))
+
+        found = []
+        for method in ("dopri5", "symplectic_adjoint"):
+            torch.manual_seed(0)
+            field, u = Selecting(), torch.zeros(3, 2, dtype=torch.float64).requires_grad_()
+            loss = torch.zeros((), dtype=torch.float64)
+            for i in range(3):
+                field.row, field.expert, field.enabled = i, field.experts[i], True
+                y = torchdiffeq.odeint(field, Y0, T, method=method, options={"first_step": 0.1})
+                loss = loss + (i + 1) * (y[-1] ** 2).sum()
+            field.enabled = False
+            nfe = field.nfe
+            found.append(torch.autograd.grad(loss, [u, *field.parameters()]))
+            assert field.nfe >= nfe
+            assert not field.enabled
+        assert_same(found[1], found[0])
+
+    def test_containers_that_shrink_grow_and_lose_keys(self) -> None:
+        field = mlp()
+        field.log, field.named = [random(2), random(2)], {"a": random(2)}
+        theirs = gradients(field, field.w1, "dopri5")
+        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint", options={"first_step": 0.1})
+        field.log.clear()
+        del field.named["a"]
+        field.other = 1
+        assert_same(torch.autograd.grad((y**2).sum(), field.w1), theirs)
+        assert field.log == []
+        assert field.named == {}
+        assert field.other == 1
+
+    def test_a_model_that_keeps_its_solution_keeps_no_earlier_one(self) -> None:
+        field, solutions = mlp(), []
+        for _ in range(4):
+            field.solution = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint")
+            solutions.append(weakref.ref(field.solution))
+        gc.collect()
+        assert [solution() is None for solution in solutions] == [True, True, True, False]
+
+    def test_a_field_that_changes_its_own_buffers_is_refused(self) -> None:
+        torch.manual_seed(0)
+        net = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="eval mode"):
+            torchdiffeq.odeint(lambda t, y: net(y), Y0, T, method="symplectic_adjoint")
+        net.eval()
+        parameter = net.parametrizations.weight.original
+        theirs = gradients(lambda t, y: net(y), parameter, "dopri5")
+        assert_same(gradients(lambda t, y: net(y), parameter, "symplectic_adjoint"), theirs)
 
     def test_a_closure_and_a_list(self) -> None:
         found = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 Edge = tuple[Any, int]
 """A tensor's place in the autograd graph: the node that made it, and which of the node's outputs it is."""
-
-_Access = tuple[Callable[[], Any], Callable[[Any], None]]
-"""How something that a callable holds is read, and how it is replaced."""
 
 _MOST_OBJECTS = 10_000
 """How many objects `held_by` looks at: f may hold a trainer, and with it a data set."""
@@ -37,17 +35,18 @@ def has_hooks(tensor: Tensor) -> bool:
 
 
 class Held:
-    """What a callable holds: tensors in closures, attributes, containers, and globals that its code names.
+    """What a callable holds in closures, attributes, containers, and globals that its code names.
 
     Attributes:
-        tensors: those that require gradients.
+        tensors: the tensors that require gradients.
         frozen: those that do not.
     """
 
     def __init__(self, root: object) -> None:
         self.tensors: list[Tensor] = []
         self.frozen: list[Tensor] = []
-        self._places: list[_Place] = []
+        self._settled = False
+        self._holders: list[_Holder] = []
         self._norms: list[torch.nn.Module] = []
         seen: set[int] = set()
         kept: list[object] = []  # so that no identity is used twice
@@ -58,17 +57,33 @@ class Held:
                 continue
             seen.add(id(item))
             kept.append(item)
+            if isinstance(item, Tensor):
+                (self.tensors if item.requires_grad else self.frozen).append(item)
+                continue
             if isinstance(item, _NormBase):
                 self._norms.append(item)
-            if not isinstance(item, Tensor):
-                for part, place in _parts(item):
-                    stack.append(part)
-                    if place is not None and (isinstance(part, Tensor | bool)):
-                        self._places.append(_Place(place, part))
-            elif item.requires_grad:
-                self.tensors.append(item)
-            else:
-                self.frozen.append(item)
+            holders, parts = _parts(item)
+            for holder in holders:
+                self._holders.append(holder)
+                parts.extend(holder.contents.values())
+            stack.extend(parts)
+        for holder in self._holders:
+            holder.let_go()
+        statistics = {id(buffer) for norm in self._norms for buffer in norm._buffers.values()}
+        self._versions = [(x, x._version) for x in self.frozen if id(x) not in statistics]
+
+    def settle(self) -> None:
+        """Once f has been at work: what has changed since is what it changes by itself, which is not put back."""
+        if self._settled:
+            return
+        self._settled = True
+        self.tensors = []  # f's dependencies have been taken from them: a model may keep a solve's solution
+        for holder in self._holders:
+            holder.settle()
+
+    def changed_in_place(self) -> list[Tensor]:
+        """Tensors without gradients, other than batch norms' statistics, that were changed in place since."""
+        return [tensor for tensor, version in self._versions if tensor._version != version]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -76,81 +91,130 @@ class Held:
 
         Batch norms get copies of their running statistics, so that evaluating f again does not count twice in them.
         """
-        changed = [(place, place.get()) for place in self._places if place.is_changed()]
-        statistics = [(norm, dict(norm._buffers)) for norm in self._norms]
-        try:
-            for place, _ in changed:
-                place.set(place.value())
-            for norm, buffers in statistics:
-                norm._buffers.update({name: None if x is None else x.clone() for name, x in buffers.items()})
+        # One backward pass at a time where there is something to swap.
+        changed = any(holder.differences() for holder in self._holders)
+        with _swapping if changed else contextlib.nullcontext(), contextlib.ExitStack() as undo:
+            for holder in self._holders if changed else ():
+                if differences := holder.differences():
+                    undo.callback(holder.put(differences))
+            for norm in self._norms:
+                undo.callback(norm._buffers.update, dict(norm._buffers))
+                norm._buffers.update({name: None if x is None else x.clone() for name, x in norm._buffers.items()})
             yield
-        finally:
-            for norm, buffers in statistics:
-                norm._buffers.update(buffers)
-            for place, now in changed:
-                place.set(now)
 
 
-class _Place:
-    """Where something is held, and what was there."""
-
-    def __init__(self, access: _Access, value: Any) -> None:
-        self.get, self.set = access
-        # A tensor with a history is held weakly: a model may keep the last solve's solution, and that its model's.
-        weak = isinstance(value, Tensor) and value.grad_fn is not None
-        self.value: Callable[[], Any] = weakref.ref(value) if weak else lambda: value
-
-    def is_changed(self) -> bool:
-        value = self.value()
-        return value is not None and self.get() is not value
+_swapping = threading.RLock()
+_MISSING: Any = object()
 
 
-def _parts(item: object) -> Iterator[tuple[object, _Access | None]]:
-    """What a callable or a container is made of, as far as it can hold tensors, and how to reach it there."""
+class _Holder:
+    """A dictionary, a list or a closure's cell, and what it held, by key."""
+
+    def __init__(self, container: Any, contents: dict[Any, Any]) -> None:
+        self.container = container
+        self.contents = contents
+        self._then: dict[Any, Callable[[], Any]] = {}
+
+    def let_go(self) -> None:
+        """Keep of the contents what can be kept without keeping graphs alive."""
+        self._then = {key: kept for key, value in self.contents.items() if (kept := _kept(value)) is not None}
+        self.contents = {}
+
+    def get(self, key: Any) -> Any:
+        """What is there now, if anything."""
+        if isinstance(self.container, types.CellType):
+            try:
+                return self.container.cell_contents
+            except ValueError:
+                return _MISSING
+        if isinstance(self.container, list):
+            return self.container[key] if key < len(self.container) else _MISSING
+        return self.container.get(key, _MISSING)
+
+    def put(self, values: Mapping[Any, Any]) -> Callable[[], None]:
+        """Have these there instead; returns what undoes it."""
+        container = self.container
+        if isinstance(container, list):
+            now = list(container)
+            for key in sorted(values):
+                container[key : key + 1] = [values[key]]
+            return functools.partial(container.__setitem__, slice(None), now)
+        if isinstance(container, types.CellType):
+            cell = self.get(None)
+            container.cell_contents = values[None]
+            return (
+                functools.partial(setattr, container, "cell_contents", cell) if cell is not _MISSING else lambda: None
+            )
+        there = {key: self.get(key) for key in values}
+        container.update(values)
+        return functools.partial(_put_back, container, there)
+
+    def differences(self) -> dict[Any, Any]:
+        """What was there and is not now."""
+        then = {key: value for key, kept in self._then.items() if (value := kept()) is not None}
+        return {key: value for key, value in then.items() if self.get(key) is not value}
+
+    def settle(self) -> None:
+        """Forget what is not there any more."""
+        for key in self.differences():
+            del self._then[key]
+
+
+def _put_back(mapping: dict[Any, Any], values: Mapping[Any, Any]) -> None:
+    for key, value in values.items():
+        if value is _MISSING:
+            mapping.pop(key, None)
+        else:
+            mapping[key] = value
+
+
+def _kept(value: Any) -> Callable[[], Any] | None:
+    """How to come by a value later on: held itself where it can't keep a graph alive, else weakly, else not at all."""
+    if isinstance(value, Tensor):
+        return weakref.ref(value) if value.grad_fn is not None else lambda: value
+    if isinstance(value, bool | int | float | complex | str):
+        return lambda: value
+    if isinstance(value, tuple | list | dict):
+        parts = list(value.values()) if isinstance(value, dict) else list(value)
+        plain = len(parts) <= 100 and all(
+            isinstance(x, bool | int | float | str) or (isinstance(x, Tensor) and x.grad_fn is None) for x in parts
+        )
+        return (lambda: value) if plain else None
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return None
+
+
+def _parts(item: object) -> tuple[list[_Holder], list[object]]:
+    """What can be replaced in a callable or a container, as far as it matters here, and what else it is made of."""
+    holders: list[_Holder] = []
     if item is None or isinstance(item, str | bytes | int | float | complex | type | types.ModuleType):
-        return
+        return holders, []
     if isinstance(item, dict):
-        yield from _entries(item, list(item))
-    elif isinstance(item, list):
-        for i, part in enumerate(item):
-            yield part, (functools.partial(_get_index, item, i), functools.partial(item.__setitem__, i))
-    elif isinstance(item, tuple | set | frozenset):
-        yield from ((part, None) for part in item)
-    elif isinstance(item, functools.partial):
-        yield from ((part, None) for part in (item.func, item.args, item.keywords))
-    elif isinstance(item, types.MethodType):
-        yield from ((part, None) for part in (item.__self__, item.__func__))
-    elif isinstance(item, types.FunctionType):
-        yield from ((part, None) for part in (item.__defaults__, item.__kwdefaults__, item.__dict__))
+        return [_Holder(item, dict(item))], []
+    if isinstance(item, list):
+        return [_Holder(item, dict(enumerate(item)))], []
+    if isinstance(item, tuple | set | frozenset):
+        return holders, list(item)
+    if isinstance(item, functools.partial):
+        return holders, [item.func, item.args, item.keywords]
+    if isinstance(item, types.MethodType):
+        return holders, [item.__self__, item.__func__]
+    if isinstance(item, types.FunctionType):
         for cell in item.__closure__ or ():
             with contextlib.suppress(ValueError):  # a cell that is still empty
-                access = (
-                    functools.partial(getattr, cell, "cell_contents"),
-                    functools.partial(setattr, cell, "cell_contents"),
-                )
-                yield cell.cell_contents, access
-        yield from _entries(item.__globals__, _global_names(item.__code__))
-    else:
-        yield _own_code(item), None
-        attributes = getattr(item, "__dict__", {})
-        yield from _entries(attributes, list(attributes))
-        for owner in type(item).__mro__:
-            slots = owner.__dict__.get("__slots__", ())
-            for slot in (slots,) if isinstance(slots, str) else slots:
-                yield getattr(item, slot, None), None
-
-
-def _entries(mapping: dict[Any, Any], keys: Iterable[Any]) -> Iterator[tuple[object, _Access | None]]:
-    for key in keys:
-        if key in mapping:
-            part = mapping[key]
-            if isinstance(part, bool) and key != "training":  # a module's mode; other flags are the field's own affair
-                continue
-            yield part, (functools.partial(mapping.get, key), functools.partial(mapping.__setitem__, key))
-
-
-def _get_index(sequence: list[Any], i: int) -> Any:
-    return sequence[i] if i < len(sequence) else None
+                holders.append(_Holder(cell, {None: cell.cell_contents}))
+        variables = item.__globals__
+        names = [name for name in _global_names(item.__code__) if name in variables]
+        holders.append(_Holder(variables, {name: variables[name] for name in names}))
+        return holders, [item.__defaults__, item.__kwdefaults__, item.__dict__]
+    attributes = getattr(item, "__dict__", None)
+    if isinstance(attributes, dict):
+        holders.append(_Holder(attributes, dict(attributes)))
+    slots = [owner.__dict__.get("__slots__", ()) for owner in type(item).__mro__]
+    names = [name for group in slots for name in ((group,) if isinstance(group, str) else group)]
+    return holders, [_own_code(item), *(getattr(item, name, None) for name in names)]
 
 
 def _own_code(item: object) -> object:
@@ -237,8 +301,13 @@ def history(tensor: Tensor) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ..
 
 
 def is_alive(tensor: Tensor) -> bool:
-    """Whether a tensor's history can still be gone back through, not having been freed by a backward pass."""
+    """Whether a tensor's history can still be gone back through: it was not freed by a backward pass, and is no solve.
+
+    (A model that keeps its last solution must not have it become a dependency of the next one.)
+    """
     for node, leaf, _ in history(tensor):
+        if node.name().startswith("_Recorded"):
+            return False
         if leaf is None:
             try:
                 for name in dir(node):

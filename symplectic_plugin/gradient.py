@@ -115,7 +115,8 @@ class _Gradient(torch.autograd.Function):
         record, witness, needed = arguments
         ctx.arguments = replace(record, trajectory=replace(record.trajectory, states=[], slopes=[])), witness
         times = inputs[: record.n_times]
-        ctx.save_for_backward(cotangent, initial, *times, *witness.saved)
+        end = record.trajectory.states[-1] if record.trajectory.ends else initial
+        ctx.save_for_backward(cotangent, initial, *times, end, *witness.saved)
         ctx.set_materialize_grads(False)
         return tuple(_gradient(record, witness, needed, cotangent, times))
 
@@ -127,13 +128,14 @@ class _Gradient(torch.autograd.Function):
                 "use the base method itself for those"
             )
         record, witness = ctx.arguments
-        unpacked = ctx.saved_tensors[: 2 + record.n_times]
+        *unpacked, end = ctx.saved_tensors[: 3 + record.n_times]
         needed = [True] * len(record.field.dependencies)
         with witness.checked(needed, unpacked[0].device) as sums, torch.enable_grad():
             cotangent, initial, *times = (x.detach().requires_grad_() for x in unpacked)
             solve_times = record.times_of(record.trajectory, *times)
             with record.field.generators.kept():
-                outputs = replay(record.trajectory, record.field, sums, initial, solve_times)
+                outputs, ended = replay(record.trajectory, record.field, sums, initial, solve_times)
+            record.field.require_same(torch.linalg.vector_norm(ended.detach() - end) / torch.linalg.vector_norm(end))
             inputs = [initial, *times, *sums.inputs]
             first = _grad([outputs], inputs, [cotangent], create_graph=True)
             second = _grad(first, [cotangent, *inputs], directions, create_graph=False)
@@ -328,6 +330,7 @@ class Witness:
     """
 
     def __init__(self, field: VectorField) -> None:
+        field.settle()
         self.field = field
         used = len(field.dependencies) - field.spare
         self.saved = field.dependencies[:used]

@@ -25,8 +25,10 @@ class Times(NamedTuple):
     outputs: Tensor
 
 
-def replay(trajectory: Trajectory, field: VectorField, sums: CotangentSums, initial: Tensor, times: Times) -> Tensor:
-    """The outputs of a solve, shape (M + 1, *state), with the graph of every evaluation: full memory.
+def replay(
+    trajectory: Trajectory, field: VectorField, sums: CotangentSums, initial: Tensor, times: Times
+) -> tuple[Tensor, Tensor]:
+    """The outputs of a solve, shape (M + 1, *state), and the state that it ends in, with all graphs: full memory.
 
     Args:
         trajectory: the solve.
@@ -67,7 +69,7 @@ def replay(trajectory: Trajectory, field: VectorField, sums: CotangentSums, init
         x = x + h * _combined(tableau.b, slopes)
         handed_on = slopes[trajectory.tableau.stages - 1]
     outputs += [initial] * (len(trajectory.outputs) + 1 - len(outputs))  # an event that is met at once
-    return torch.stack(outputs)
+    return torch.stack(outputs), x
 
 
 def _combined(weights: Tensor, slopes: list[Tensor]) -> Tensor:

@@ -71,7 +71,7 @@ def sweep(
         if of_step is not None:
             times.append(of_step)
         end = begin
-    back.require_same_states()
+    field.require_same(back.worst_deviation)
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)
     return adjoint.view(cotangent.shape[1:]), _gathered(times[::-1], given) if want_times else None
@@ -100,7 +100,7 @@ def sweep_step(
     nothing = cotangent.new_zeros(1, cotangent.numel())
     back = _StepBack(trajectory, field, sums, nothing, cotangent.shape, want_times)
     adjoint, first_slope, times = back(0, 0, 0, cotangent.reshape(-1), flat)
-    back.require_same_states()
+    field.require_same(back.worst_deviation)
     first_slope = None if first_slope is None else first_slope.view(cotangent.shape)
     return adjoint.view(cotangent.shape), first_slope, None if times is None else _gathered([times], nothing)
 
@@ -258,21 +258,6 @@ class _StepBack:
         # Relative to what was added up, of which little may be left.
         size = torch.linalg.vector_norm(start) + torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(moved)
         self.worst_deviation = torch.fmax(self.worst_deviation, off / size)
-
-    def require_same_states(self) -> None:
-        """Refuse a vector field that is another one now.
-
-        Raises:
-            RuntimeError: if a step of the solve, taken again, ended elsewhere.
-        """
-        worst = float(self.worst_deviation)  # at the end, since it waits for the device
-        if worst > self.field.rounding ** (2 / 3):
-            raise RuntimeError(
-                "symplectic_adjoint: the vector field returned other values in the backward pass than in the forward "
-                f"pass (a step ended {worst:.0e} off, relative to the state), so the gradient would be wrong. What it "
-                "depends on must not change in between: counters, caches, random numbers that are not torch's, or that "
-                "it did not draw when it was first evaluated."
-            )
 
 
 class _StepTimes:

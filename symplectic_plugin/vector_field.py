@@ -104,7 +104,52 @@ class VectorField:
         self._take([tensor for tensor in unused if is_alive(tensor)], self._edges, edge_of)
         self.spare = len(self.dependencies) - used
         self._leaves |= {id(tensor) for tensor in held.frozen}
+        self._refuse_own_state(slope, t, x, keywords)
         return slope.detach()
+
+    def _refuse_own_state(self, slope: Tensor, t: Tensor, x: Tensor, keywords: Keywords) -> None:
+        """Refuse an f whose value depends on a tensor that it changes whenever it is evaluated.
+
+        Raises:
+            RuntimeError: if it is one.
+        """
+        changed = self._held.changed_in_place()
+        if not changed:
+            return
+        values = [tensor.clone() for tensor in changed]
+        with self.generators.kept() if self.draws else contextlib.nullcontext():
+            again = self(t, x, keywords)
+        with torch.no_grad():
+            for tensor, value in zip(changed, values, strict=True):
+                tensor.copy_(value)
+        if not self.draws and not torch.equal(again, slope.detach()):
+            raise RuntimeError(
+                "symplectic_adjoint: the vector field returns other values each time, by a tensor that it changes in "
+                "place (spectral_norm in training mode does), so it can't be evaluated again in the backward pass. "
+                "Put such modules in eval mode, or normalise before the solve."
+            )
+
+    def require_same(self, deviation: Tensor) -> None:
+        """Refuse to have been another vector field on the way forward.
+
+        Args:
+            deviation: how far from where it ended a step ends now, relative to the states.
+
+        Raises:
+            RuntimeError: if that is more than rounding.
+        """
+        worst = float(deviation)
+        if worst > self.rounding ** (2 / 3):
+            raise RuntimeError(
+                "symplectic_adjoint: the vector field returned other values in the backward pass than in the forward "
+                f"pass (a step ended {worst:.0e} off, relative to the state), so the gradient would be wrong. What it "
+                "depends on must not change in between: counters, caches, random numbers that are not torch's, or that "
+                "it did not draw when it was first evaluated."
+            )
+
+    def settle(self) -> None:
+        """Take what f changes by itself for changed: what changes from now on, somebody else does."""
+        self._held.settle()
 
     def _take(self, tensors: Iterable[Tensor], known: set[Any], key: Callable[[Tensor], Any]) -> None:
         """Take tensors that are not known yet into the dependencies."""
