@@ -430,6 +430,12 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
+    def test_times_without_a_gradient_may_be_changed_in_place(self) -> None:
+        field, t = mlp(), T.clone()
+        y = torchdiffeq.odeint(field, Y0, t, method="symplectic_adjoint", options={"first_step": 0.1})
+        t.mul_(2)
+        assert_same(torch.autograd.grad((y**2).sum(), field.w1), gradients(field, field.w1, "dopri5"))
+
     def test_a_parameter_whose_data_was_swapped_raises(self) -> None:
         field = mlp()
         y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import sys
@@ -20,7 +21,10 @@ Edge = tuple[Any, int]
 """A tensor's place in the autograd graph: the node that made it, and which of the node's outputs it is."""
 
 _MOST_OBJECTS = 10_000
-"""How many objects `held_by` looks at: f may hold a trainer, and with it a data set."""
+"""How many objects are looked at: f may hold a data set."""
+
+_NO_PART_OF_A_FIELD = ("torch.optim", "torch.utils.data", "lightning", "pytorch_lightning", "logging")
+"""Where the classes are from of objects that are not looked into: a model may hold its trainer."""
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -50,9 +54,9 @@ class Held:
         self._norms: list[torch.nn.Module] = []
         seen: set[int] = set()
         kept: list[object] = []  # so that no identity is used twice
-        stack: list[object] = [root]
-        while stack and len(seen) < _MOST_OBJECTS:
-            item = stack.pop()
+        queue: collections.deque[object] = collections.deque([root])
+        while queue and len(seen) < _MOST_OBJECTS:
+            item = queue.popleft()  # what is near comes first
             if id(item) in seen:
                 continue
             seen.add(id(item))
@@ -62,11 +66,14 @@ class Held:
                 continue
             if isinstance(item, _NormBase):
                 self._norms.append(item)
-            holders, parts = _parts(item)
+            try:
+                holders, parts = _parts(item)
+            except Exception:  # an object that does not let itself be looked into
+                continue
             for holder in holders:
                 self._holders.append(holder)
                 parts.extend(holder.contents.values())
-            stack.extend(parts)
+            queue.extend(parts)
         for holder in self._holders:
             holder.let_go()
         statistics = {id(buffer) for norm in self._norms for buffer in norm._buffers.values()}
@@ -191,6 +198,10 @@ def _parts(item: object) -> tuple[list[_Holder], list[object]]:
     holders: list[_Holder] = []
     if item is None or isinstance(item, str | bytes | int | float | complex | type | types.ModuleType):
         return holders, []
+    if isinstance(item, dict | list | tuple | set | frozenset) and len(item) > _MOST_OBJECTS:
+        return holders, []
+    if str(type(item).__module__).startswith(_NO_PART_OF_A_FIELD) and not isinstance(item, torch.nn.Module):
+        return holders, []
     if isinstance(item, dict):
         return [_Holder(item, dict(item))], []
     if isinstance(item, list):
@@ -220,7 +231,7 @@ def _parts(item: object) -> tuple[list[_Holder], list[object]]:
 def _own_code(item: object) -> object:
     """The function that runs when an object of a user's class is called: it may use globals."""
     name = "forward" if isinstance(item, torch.nn.Module) else "__call__"
-    if type(item).__module__.partition(".")[0] in ("torch", "torchdiffeq", "torchdyn"):
+    if str(type(item).__module__).partition(".")[0] in ("torch", "torchdiffeq", "torchdyn"):
         return None
     return getattr(type(item), name, None)
 

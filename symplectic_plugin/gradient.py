@@ -66,16 +66,19 @@ class _RecordedSolve(torch.autograd.Function):
         # All saved: so autograd notices what is changed in place before the backward pass, frees the checkpoints after
         # it, and lets hooks on saved tensors have them. The first state is the initial one.
         slopes = [slope for slope in trajectory.slopes if slope is not None]
-        times = inputs[: record.n_times]
+        # Times that need no gradient may be changed: the steps are what counts.
+        ctx.times = [None if time.requires_grad else time.detach() for time in inputs[: record.n_times]]
+        times = [time for time in inputs[: record.n_times] if time.requires_grad]
         ctx.save_for_backward(*times, initial, *trajectory.states[1:], *slopes, *ctx.witness.saved)
         return record.solution
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         record: _Record = ctx.record
-        n_times, n_steps = record.n_times, len(ctx.has_slope)
-        unpacked = ctx.saved_tensors
-        times, saved = unpacked[:n_times], unpacked[n_times:]
+        n_steps = len(ctx.has_slope)
+        unpacked = iter(ctx.saved_tensors)
+        times = [next(unpacked) if time is None else time for time in ctx.times]
+        saved = tuple(unpacked)
         n_states = max(1, n_steps + (1 if record.trajectory.ends else 0))
         slopes = iter(saved[n_states:])
         trajectory = replace(

@@ -50,6 +50,17 @@ def test_what_holds_itself_and_what_holds_a_lot_come_to_an_end() -> None:
     assert len(Held(module).tensors) <= 2
 
 
+def test_an_object_that_does_not_let_itself_be_looked_into_is_passed_over() -> None:
+    class Shy:
+        __slots__ = ("w",)
+
+        def __getattribute__(self, name):
+            raise RuntimeError(name)
+
+    w, shy = torch.ones(2, requires_grad=True), Shy()
+    assert held(lambda t, x: (x * w, shy)) == {id(w)}
+
+
 def test_what_was_given_up_is_put_back_for_as_long() -> None:
     module = nn.Linear(2, 2)
     first, second = torch.zeros(2), torch.ones(2)
