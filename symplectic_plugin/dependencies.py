@@ -61,23 +61,23 @@ class Held:
                 continue
             seen.add(id(item))
             kept.append(item)
-            if isinstance(item, Tensor):
-                (self.tensors if item.requires_grad else self.frozen).append(item)
-                continue
-            if isinstance(item, _NormBase):
-                self._norms.append(item)
-            try:
-                holders, parts = _parts(item)
-            except Exception:  # an object that does not let itself be looked into
-                continue
-            for holder in holders:
-                self._holders.append(holder)
-                parts.extend(holder.contents.values())
-            queue.extend(parts)
+            with contextlib.suppress(Exception):  # an object that does not let itself be looked into
+                queue.extend(self._look_into(item))
         for holder in self._holders:
             holder.let_go()
         statistics = {id(buffer) for norm in self._norms for buffer in norm._buffers.values()}
         self._versions = [(x, x._version) for x in self.frozen if id(x) not in statistics]
+
+    def _look_into(self, item: Any) -> list[object]:
+        """Note an object, and return what it is made of."""
+        if isinstance(item, Tensor):
+            (self.tensors if item.requires_grad else self.frozen).append(item)
+            return []
+        if isinstance(item, _NormBase):
+            self._norms.append(item)
+        holders, parts = _parts(item)
+        self._holders.extend(holders)
+        return [*parts, *(value for holder in holders for value in holder.contents.values())]
 
     def settle(self) -> None:
         """Once f has been at work: what has changed since is what it changes by itself, which is not put back."""
@@ -124,7 +124,10 @@ class _Holder:
 
     def let_go(self) -> None:
         """Keep of the contents what can be kept without keeping graphs alive."""
-        self._then = {key: kept for key, value in self.contents.items() if (kept := _kept(value)) is not None}
+        for key, value in self.contents.items():
+            with contextlib.suppress(Exception):  # as above
+                if (kept := _kept(value)) is not None:
+                    self._then[key] = kept
         self.contents = {}
 
     def get(self, key: Any) -> Any:
