@@ -912,8 +912,15 @@ class TestGradientsOfWhatFHolds:
     def test_forward_mode_is_refused(self) -> None:
         import torch.autograd.forward_ad as fwad
 
-        with fwad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        with fwad.dual_level(), pytest.raises(RuntimeError, match="in forward mode"):
             torchdiffeq.odeint(mlp(), fwad.make_dual(Y0, Y0), T, method="symplectic_adjoint")
+
+    @pytest.mark.parametrize("method", ["symplectic_adjoint", "symplectic_adjoint:rk4"])
+    @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+    def test_functional_transforms_around_a_solve_are_refused(self, method, transform) -> None:
+        field = mlp()
+        with pytest.raises(RuntimeError, match=r"torch\.func's transforms|data-dependent"):
+            transform(lambda y0: (torchdiffeq.odeint(field, y0, T, method=method) ** 2).sum())(Y0)
 
     def test_adjoint_params_that_leave_out_a_computed_tensor(self) -> None:
         z = random(2).requires_grad_()

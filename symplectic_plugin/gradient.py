@@ -321,6 +321,19 @@ def _add_loss_at_start(
             of_times.starts.add_(tau.sum())
 
 
+def refuse_transforms() -> None:
+    """Refuse derivatives that would pass a solve by.
+
+    Raises:
+        RuntimeError: inside a transform of torch.func, or in forward mode.
+    """
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "symplectic_adjoint: a solve can't be differentiated in forward mode (torch.autograd.forward_ad) or by "
+            "torch.func's transforms: use torch.autograd, or the base method itself"
+        )
+
+
 class Witness:
     """Sees to it that the backward pass finds the vector field as the forward pass left it.
 

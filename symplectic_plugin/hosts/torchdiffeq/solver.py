@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ...gradient import attach
+from ...gradient import attach, refuse_transforms
 from ...vector_field import VectorField
 from . import adjoint
 from .methods import base_solver, is_one_step, solvers
@@ -67,11 +67,7 @@ class SymplecticAdjoint:
                 "give one of them"
             )
         adjoint.refuse_continuous(func)
-        if torch.autograd.forward_ad._current_level >= 0:
-            raise RuntimeError(
-                "symplectic_adjoint: there are no forward-mode derivatives (torch.autograd.forward_ad): use the base "
-                "method itself for those"
-            )
+        refuse_transforms()
         base = base_solver(self.solver or solver or "dopri5")
         adjoint_params = (adjoint_params,) if isinstance(adjoint_params, Tensor) else tuple(adjoint_params)
         if not all(isinstance(tensor, Tensor) for tensor in adjoint_params):

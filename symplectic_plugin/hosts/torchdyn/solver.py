@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
 from ...dependencies import Held
-from ...gradient import attach_step
+from ...gradient import attach_step, refuse_transforms
 from ...randomness import Generators, GeneratorStates
 from ...tableau import ButcherTableau, read_rounded_tableau, read_tableau
 from ...trajectory import NoOutputs, Step, Trajectory
@@ -160,6 +160,7 @@ class _AdjointSteps:
         """A step taken without a graph, with the adjoint sweep as its backward pass."""
         assert solve.field is not None
         assert solve.tableau is not None
+        refuse_transforms()
         field, evaluate = solve.field, _Evaluations(solve, self.loss is not None)
         with torch.no_grad():
             given = None if k1 is None else k1.detach()
