@@ -479,6 +479,31 @@ class TestEvents:
         assert all(part.norm() > 0 for part in expected[1][-2:])
 
 
+@pytest.mark.parametrize("solver", [*FIXED, *ADAPTIVE])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("interpolator", [None, "4th"])
+def test_second_derivatives(solver, reverse, interpolator) -> None:
+    field, encoder = net(), random(3).requires_grad_()
+    shift = torch.sin(encoder)  # entangled with what it is computed from
+    x, t = X.clone().requires_grad_(), (T.flip(0) if reverse else T).clone().requires_grad_()
+    inputs = [x, t, encoder, field[0].weight]
+    found = []
+    with constant_first_step():
+        for way in ("autograd", FLAG):
+            model = NeuralODE(
+                lambda t, x, args=None: field(x) + shift * torch.cos(t) + encoder * x,
+                solver=solver,
+                sensitivity=way,
+                interpolator=interpolator,
+            )
+            solution = model(x, t)[1]
+            first = torch.autograd.grad((solution**3).sum(), inputs, create_graph=True)
+            penalty = sum((g**2).sum() for g in first) + solution.sum()
+            found.append(torch.autograd.grad(penalty, [*inputs, field[0].bias], retain_graph=True))
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        assert (ours - theirs).norm() <= 1e-11 * theirs.norm()
+
+
 class TestErrors:
     @pytest.mark.parametrize("solver", ["ieuler", "implicit_euler"])
     def test_implicit_solvers_by_flag_of_the_model(self, solver) -> None:
@@ -498,10 +523,10 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"must return a tensor of the state's shape \(5, 3\), got \(1, 3\)"):
             odeint(field, X.clone().requires_grad_(), T, f"{FLAG}:rk4")
 
-    def test_second_derivatives(self) -> None:
+    def test_second_derivatives_with_an_integral_loss(self) -> None:
         x = X.clone().requires_grad_()
-        y = NeuralODE(net(), solver="rk4", sensitivity=FLAG)(x, T)[1].sum()
-        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        model = NeuralODE(net(), solver="rk4", sensitivity=FLAG, integral_loss=lambda t, x: (x**2).sum(-1))
+        (first,) = torch.autograd.grad(model(x, T)[1].sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiated again"):
             first.sum().backward()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,11 +124,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "symplectic_adjoint: there are no third derivatives (create_graph=True on a gradient of a gradient): "
-                "use the base method itself for those"
-            )
+        _refuse_third_derivatives()
         record, witness = ctx.arguments
         *unpacked, end = ctx.saved_tensors[: 3 + record.n_times]
         needed = [True] * len(record.field.dependencies)
@@ -137,7 +132,7 @@ class _Gradient(torch.autograd.Function):
             cotangent, initial, *times = (x.detach().requires_grad_() for x in unpacked)
             solve_times = record.times_of(record.trajectory, *times)
             with record.field.generators.kept():
-                outputs, ended = replay(record.trajectory, record.field, sums, initial, solve_times)
+                outputs, ended, _ = replay(record.trajectory, record.field, sums, initial, solve_times)
             record.field.require_same(torch.linalg.vector_norm(ended.detach() - end) / torch.linalg.vector_norm(end))
             inputs = [initial, *times, *sums.inputs]
             first = _grad([outputs], inputs, [cotangent], create_graph=True)
@@ -146,18 +141,23 @@ class _Gradient(torch.autograd.Function):
 
 
 def _grad(
-    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], create_graph: bool
-) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad`, for outputs and cotangents that may be missing."""
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """`torch.autograd.grad`, for outputs, inputs and cotangents that may be missing."""
     pairs = [
         (output, cotangent.to(output.dtype))
         for output, cotangent in zip(outputs, cotangents, strict=True)
         if output is not None and cotangent is not None and output.requires_grad
     ]
-    if not pairs:
+    present = [x for x in inputs if x is not None]
+    if not pairs or not present:
         return [None] * len(inputs)
-    given = [output for output, _ in pairs], inputs, [cotangent for _, cotangent in pairs]
-    return torch.autograd.grad(*given, allow_unused=True, create_graph=create_graph)
+    given = [output for output, _ in pairs], present, [cotangent for _, cotangent in pairs]
+    gradients = iter(torch.autograd.grad(*given, allow_unused=True, create_graph=create_graph))
+    return [None if x is None else next(gradients) for x in inputs]
 
 
 def attach_step(
@@ -204,38 +204,6 @@ class _StepRecord:
     keep_slope: bool
 
 
-def _once_differentiable(backward: Any) -> Any:
-    """Have gradients that are differentiated again raise, whatever they are differentiated by.
-
-    torch's own `once_differentiable` lets them pass for constants where the cotangent is one.
-    """
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, *cotangents: Any) -> Any:
-        with torch.no_grad():
-            gradients = backward(ctx, *cotangents)
-        if not torch.is_grad_enabled():
-            return gradients
-        return tuple(
-            None if g is None else _SecondDerivative.apply(g, g.new_zeros(()).requires_grad_()) for g in gradients
-        )
-
-    return wrapped
-
-
-class _SecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "symplectic_adjoint: a gradient was differentiated again (create_graph=True), but there are first "
-            "derivatives only here. Use the base method itself for second ones."
-        )
-
-
 class _RecordedStep(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -248,21 +216,55 @@ class _RecordedStep(torch.autograd.Function):
         first_slope: Tensor | None,
         *dependencies: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.record = record
-        ctx.dtype = results[0].dtype
-        ctx.times = [(time.shape, time.dtype) for time in (t, h)]
-        ctx.witness = Witness(record.field)
+        ctx.step = _Step(record, Witness(record.field), results[0].dtype, [(x.shape, x.dtype) for x in (t, h)])
         # The end is the next step's start, and so costs nothing.
-        ctx.save_for_backward(start, results[0], first_slope if record.keep_slope else None, *ctx.witness.saved)
+        times = (time if time.requires_grad else None for time in (t, h))
+        ctx.save_for_backward(
+            start, *times, first_slope if record.keep_slope else None, results[0], *ctx.step.witness.saved
+        )
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, end: Tensor | None, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
-        record: _StepRecord = ctx.record
-        start, reached, first_slope, *_ = ctx.saved_tensors
-        _, _, _, needs_t, needs_h, _, *needs = ctx.needs_input_grad
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        step: _Step = ctx.step
+        start, t, h, first_slope, reached, *_ = ctx.saved_tensors
+        arguments = (step, ctx.needs_input_grad[2:], reached.detach())
+        if torch.is_grad_enabled() and not step.record.with_loss:
+            dependencies = step.record.field.dependencies
+            return (
+                None,
+                None,
+                *_StepGradient.apply(arguments, start, t, h, first_slope, len(cotangents), *cotangents, *dependencies),
+            )
+        with torch.no_grad():
+            gradients = step.gradient(*arguments[1:], start, first_slope, cotangents)
+        if torch.is_grad_enabled():
+            gradients = [None if g is None else _OnceDifferentiable.apply(g, _leaf_like(g)) for g in gradients]
+        return None, None, *gradients
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step's record, its witness, the state's dtype at its end, and the shapes and dtypes of its time and size."""
+
+    record: _StepRecord
+    witness: Witness
+    dtype: torch.dtype
+    times: list[tuple[torch.Size, torch.dtype]]
+
+    def gradient(
+        self,
+        needed: Sequence[bool],
+        reached: Tensor,
+        start: Tensor,
+        first_slope: Tensor | None,
+        cotangents: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """The cotangents of the state, of time and size, of the slope handed on, and of the dependencies."""
+        record = self.record
+        _, needs_t, needs_h, _, *needs = needed
+        end, *slopes = cotangents
 
         def flat(tensor: Tensor | None, last: float) -> Tensor | None:
             """The state and, if there is a loss, one element more."""
@@ -270,13 +272,13 @@ class _RecordedStep(torch.autograd.Function):
                 return tensor
             return torch.cat([tensor.reshape(-1), tensor.new_full((1,), last)])
 
-        state = flat(start.detach().to(ctx.dtype), 0.0)
-        cotangent = flat(torch.zeros_like(start, dtype=ctx.dtype) if end is None else end, 1.0)
+        state = flat(start.detach().to(self.dtype), 0.0)
+        cotangent = flat(torch.zeros_like(start, dtype=self.dtype) if end is None else end, 1.0)
         assert state is not None
         assert cotangent is not None
-        states = [state] if record.with_loss else [state, reached.detach()]
+        states = [state] if record.with_loss else [state, reached]
         trajectory = replace(record.trajectory, states=states, slopes=[flat(first_slope, 0.0)])
-        with ctx.witness.checked(needs, cotangent.device) as sums:
+        with self.witness.checked(needs, cotangent.device) as sums:
             of_state, of_slope, of_times = sweep_step(
                 trajectory,
                 record.field,
@@ -292,10 +294,99 @@ class _RecordedStep(torch.autograd.Function):
             of_state = of_state[:-1].view(start.shape)
             of_slope = None if of_slope is None else of_slope[:-1].view(start.shape)
         of_t, of_h = (
-            None if time is None else time.to(dtype).reshape(shape)
-            for time, (shape, dtype) in zip(both, ctx.times, strict=True)
+            None if time is None or not need else time.to(dtype).reshape(shape)
+            for time, need, (shape, dtype) in zip(both, (needs_t, needs_h), self.times, strict=True)
         )
-        return None, None, of_state.to(start.dtype), of_t, of_h, of_slope, *sums.results()
+        return [of_state.to(start.dtype), of_t, of_h, of_slope, *sums.results()]
+
+
+class _StepGradient(torch.autograd.Function):
+    """A step's gradient as a function that can be differentiated itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        arguments: Any,
+        start: Tensor,
+        t: Tensor | None,
+        h: Tensor | None,
+        first_slope: Tensor | None,
+        n_cotangents: int,
+        *others: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        step, needed, reached = arguments
+        ctx.step = step
+        cotangents = others[:n_cotangents]
+        ctx.save_for_backward(reached, start, t, h, first_slope, *cotangents)
+        ctx.set_materialize_grads(False)
+        return tuple(step.gradient(needed, reached, start, first_slope, cotangents))
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_third_derivatives()
+        record, field = ctx.step.record, ctx.step.record.field
+        trajectory, (taken,) = record.trajectory, record.trajectory.steps
+        reached, *saved = ctx.saved_tensors
+        with ctx.step.witness.checked([True] * len(field.dependencies), reached.device) as sums, torch.enable_grad():
+            start, t, h, slope, *cotangents = (None if x is None else _leaf(x) for x in saved)
+            assert start is not None
+            starts, sizes = (
+                torch.tensor([value], dtype=torch.float64, device=reached.device)
+                if x is None
+                else x.reshape(1).double()
+                for x, value in ((t, taken.t0), (h, taken.h))
+            )
+            times, time = Times(starts, sizes, starts[:0]), trajectory.stage_times(taken)[0]
+            evaluated_again = taken.slope_handed_on and slope is None
+            if evaluated_again:
+                slope = _leaf(field(time, start, {}))
+            _, ended, slopes = replay(trajectory, field, sums, start.to(ctx.step.dtype), times, slope)
+            field.require_same(torch.linalg.vector_norm(ended.detach() - reached) / torch.linalg.vector_norm(reached))
+            variables = [start, t, h, slope, *sums.inputs]
+            first = _grad([ended, *(slopes[i] for i in record.stages)], variables, cotangents, create_graph=True)
+            n = len(cotangents)
+            second = _grad(first, [*cotangents, *variables], directions, create_graph=False)
+            if evaluated_again and (of_slope := second[n + 3]) is not None:
+                # The slope handed on is f at the step's start: what acts through it acts through that.
+                moved = time + (starts - starts.detach()).to(time.dtype).reshape(time.shape)
+                more = _grad([field.evaluate(moved, start, {}, sums)], variables, [of_slope], create_graph=False)
+                second[n + 3] = None
+                for i, extra in enumerate(more):
+                    if extra is not None:
+                        known = second[n + i]
+                        second[n + i] = extra if known is None else known + extra
+        return None, *second[n : n + 4], None, *second[:n], *second[n + 4 :]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _leaf_like(tensor: Tensor) -> Tensor:
+    return tensor.new_zeros(()).requires_grad_()
+
+
+def _refuse_third_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "symplectic_adjoint: there are no third derivatives (create_graph=True on a gradient of a gradient): "
+            "use the base method itself for those"
+        )
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Makes a gradient raise where it is differentiated again, rather than pass for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "symplectic_adjoint: a gradient was differentiated again (create_graph=True), which it can't be with an "
+            "integral_loss: use sensitivity='autograd' for that"
+        )
 
 
 def _add_loss_at_start(

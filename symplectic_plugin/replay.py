@@ -26,9 +26,14 @@ class Times(NamedTuple):
 
 
 def replay(
-    trajectory: Trajectory, field: VectorField, sums: CotangentSums, initial: Tensor, times: Times
-) -> tuple[Tensor, Tensor]:
-    """The outputs of a solve, shape (M + 1, *state), and the state that it ends in, with all graphs: full memory.
+    trajectory: Trajectory,
+    field: VectorField,
+    sums: CotangentSums,
+    initial: Tensor,
+    times: Times,
+    first_slope: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A solve with the graph of every evaluation: full memory.
 
     Args:
         trajectory: the solve.
@@ -36,10 +41,15 @@ def replay(
         sums: whose stand-ins take the place of dependencies.
         initial: the initial state.
         times: the solve's times, of which the values are the trajectory's.
+        first_slope: the slope that was handed on to the first step, if one was.
+
+    Returns:
+        The outputs, shape (M + 1, *state); the state that it ends in; the slopes of its last step.
     """
     x = initial
     outputs = [x]
-    handed_on: Tensor | None = None
+    handed_on = first_slope
+    slopes: list[Tensor] = []
     for n, step in enumerate(trajectory.steps):
         # Values are those that the solve had, to the last bit; only their derivatives are taken from `times`.
         start, size = times.starts[n] - times.starts[n].detach(), times.sizes[n] - times.sizes[n].detach()
@@ -49,7 +59,7 @@ def replay(
         tableau = trajectory.tableau.with_end_stage() if end_stage else trajectory.tableau
         stage_times = trajectory.stage_times(step)
         keywords = [step.first_keywords, *trajectory.keywords[1:], {}]
-        slopes: list[Tensor] = []
+        slopes = []
         for i in range(tableau.stages):
             if (draw := step.draws_before(i)) is not None:
                 field.generators.set(draw)
@@ -69,7 +79,7 @@ def replay(
         x = x + h * _combined(tableau.b, slopes)
         handed_on = slopes[trajectory.tableau.stages - 1]
     outputs += [initial] * (len(trajectory.outputs) + 1 - len(outputs))  # an event that is met at once
-    return torch.stack(outputs), x
+    return torch.stack(outputs), x, slopes
 
 
 def _combined(weights: Tensor, slopes: list[Tensor]) -> Tensor:
