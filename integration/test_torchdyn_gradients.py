@@ -21,7 +21,7 @@ from torchdyn.numerics import odeint
 from torchdyn.numerics.solvers.hyper import HyperEuler, HyperMidpoint, HyperRungeKutta4
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT
 
-from symplectic_plugin.hosts.torchdyn.solver import _tableau as tableau_of
+from symplectic_plugin.hosts.torchdyn.methods import tableau_of
 from symplectic_plugin.hosts.torchdyn.solver import with_adjoint
 
 from .fields import MLP, Outcome, errors, problems

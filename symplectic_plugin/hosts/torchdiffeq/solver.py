@@ -11,8 +11,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ...gradient import attach, refuse_transforms
+from ...gradient import attach
 from ...vector_field import VectorField
+from ...witness import refuse_transforms
 from . import adjoint
 from .methods import base_solver, is_one_step, solvers
 from .recorders import GridTimes, RecordedField, StartingTime, recording

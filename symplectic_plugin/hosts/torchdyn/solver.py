@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
-from ...dependencies import Held
-from ...gradient import attach_step, refuse_transforms
 from ...randomness import Generators, GeneratorStates
-from ...tableau import ButcherTableau, read_rounded_tableau, read_tableau
+from ...step_gradient import attach_step
+from ...tableau import ButcherTableau, read_rounded_tableau
 from ...trajectory import NoOutputs, Step, Trajectory
 from ...vector_field import VectorField
+from ...witness import refuse_transforms
 from . import step_sizes
+from .methods import is_torchdyns, step_function, tableau_of
 from .step_sizes import SolverOrder
 
 _NAME = "symplectic_adjoint"
@@ -149,7 +150,7 @@ class _AdjointSteps:
         if solve.function is not f:
             solve.enter(self, f, x)
         # What a user's own step does with `args` is not known, so the tableau that was read without them says nothing.
-        unknown = solve.tableau is None or (args and not _is_torchdyns(self))
+        unknown = solve.tableau is None or (args and not is_torchdyns(self))
         if unknown or not isinstance(x, Tensor) or t.numel() != 1 or dt.numel() != 1:
             return self._recomputed_step(f, x, t, dt, k1, args)
         return self._runge_kutta_step(solve, f, x, t, dt, k1, args)
@@ -177,7 +178,7 @@ class _AdjointSteps:
         step = Step(t0, t0 + h, h, not fresh, {}, None, evaluate.draws)
         tableau = solve.tableau
         if not t.dtype == dt.dtype == x.abs().dtype:
-            tableau = read_rounded_tableau(_step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
+            tableau = read_rounded_tableau(step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
         stage_times = _StageTimes(tableau.c.tolist(), t.shape, torch.promote_types(t.dtype, dt.dtype), t.device)
         outputs = NoOutputs(tableau.stages)
         trajectory = Trajectory(tableau, not fresh, [{}] * tableau.stages, outputs, stage_times, steps=[step])
@@ -231,7 +232,7 @@ class _Solve:
     def enter(self, solver: Any, f: Any, x: Any) -> None:
         """Begin with a vector field."""
         self.function = f
-        self.tableau = _tableau(solver)
+        self.tableau = tableau_of(solver)
         self.discovered = False
         if self.tableau is not None and isinstance(x, Tensor):
             function = f if solver.loss is None else _WithLoss(f, solver.loss, x.shape)
@@ -303,57 +304,3 @@ class _StageTimes:
     def __call__(self, step: Step) -> list[Tensor]:
         start = torch.full(self.shape, step.t0, dtype=self.dtype, device=self.device)
         return [start + c * step.h for c in self.c]
-
-
-def _is_torchdyns(solver: Any) -> bool:
-    return bool(solver.base.__module__.startswith("torchdyn."))
-
-
-def _tableau(solver: Any) -> ButcherTableau | None:
-    """The tableau of a solver as it is now, None if it is not an explicit Runge-Kutta method."""
-    own = {name: value for name, value in vars(solver).items() if name not in ("solve", "loss", "params")}
-    if Held(own).tensors or any(True for _ in solver.children()):
-        return None  # a hypersolver, even if its network happens to return zeros
-    if not _is_torchdyns(solver):
-        return _read(solver)
-    numbers = (
-        ()
-        if solver.tableau is None
-        else tuple(
-            tuple(part.tolist())
-            for coefficients in solver.tableau
-            for part in (coefficients if isinstance(coefficients, list) else [coefficients])
-        )
-    )
-    key = (solver.base, numbers)
-    if key not in _tableaux:
-        _tableaux[key] = _read(solver)
-    return _tableaux[key]
-
-
-_tableaux: dict[Any, ButcherTableau | None] = {}
-"""Tableaux of torchdyn's own solvers, which depend on nothing but their coefficients."""
-
-
-def _read(solver: Any) -> ButcherTableau | None:
-    try:
-        # Taken as they are: coefficients rounded to single precision, and times that are not the sums of their rows.
-        return read_tableau(_step_function(solver, torch.float64), rounding=float("inf"))
-    except Exception:  # whatever a step that is not of the kind makes of made-up slopes
-        return None
-
-
-def _step_function(solver: Any, dtype: torch.dtype | None = None) -> Any:
-    """A solver's step, to be probed on the CPU, with its coefficients in at least this precision.
-
-    In single precision `dt * a[0]` rounds a size in double precision: no longer a linear map of the slopes.
-    """
-    probed = copy.copy(solver)
-    if solver.tableau is not None:
-
-        def cast(part: Tensor) -> Tensor:
-            return part.cpu().to(part.dtype if dtype is None else torch.promote_types(part.dtype, dtype))
-
-        c, a, *weights = solver.tableau
-        probed.tableau = (cast(c), [cast(row) for row in a], *(cast(weight) for weight in weights))
-    return lambda f, t, x, h: solver.base.step(probed, f, x, t, h)[1]

@@ -1,0 +1,266 @@
+"""The autograd function of one step: taken without a graph on the way forward, swept back over on the way back.
+
+For hosts whose loops take steps from a solver one by one, and may do anything between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .replay import Times, replay
+from .sweep import TimeCotangents, sweep_step
+from .trajectory import Trajectory
+from .vector_field import CotangentSums, VectorField
+from .witness import Witness, gradients, refuse_third_derivatives
+
+
+def attach_step(
+    end: Tensor,
+    slopes: Mapping[int, Tensor],
+    trajectory: Trajectory,
+    field: VectorField,
+    start: Tensor,
+    times: tuple[Tensor, Tensor],
+    first_slope: Tensor | None,
+    keep_slope: bool,
+    with_loss: bool,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Make a step that was taken without a graph a function of what it depends on.
+
+    Args:
+        end: the state at its end, without a graph.
+        slopes: by stage, the slopes that were evaluated in it, without graphs.
+        trajectory: the step, without its state and slope.
+        field: the vector field, with its dependencies discovered.
+        start: the state at its start.
+        times: the time at its start and its size, tensors of one element.
+        first_slope: the slope that was handed on to it, if one was.
+        keep_slope: whether that slope must be kept, since it can't be evaluated again from `start`.
+        with_loss: whether the vector field takes and returns the state flattened and with one element more: an
+            integral that is added to whatever is differentiated.
+
+    Returns:
+        The same values, with gradients for the state, the slope handed on, the dependencies and the times.
+    """
+    record = _StepRecord(trajectory, field, with_loss, tuple(slopes), keep_slope)
+    results = _RecordedStep.apply(record, (end, *slopes.values()), start, *times, first_slope, *field.dependencies)
+    return results[0], dict(zip(slopes, results[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class _StepRecord:
+    """What the function of a step is handed that needs no gradient."""
+
+    trajectory: Trajectory
+    field: VectorField
+    with_loss: bool
+    stages: tuple[int, ...]
+    keep_slope: bool
+
+
+class _RecordedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        record: _StepRecord,
+        results: tuple[Tensor, ...],
+        start: Tensor,
+        t: Tensor,
+        h: Tensor,
+        first_slope: Tensor | None,
+        *dependencies: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.step = _Step(record, Witness(record.field), results[0].dtype, [(x.shape, x.dtype) for x in (t, h)])
+        # The end is the next step's start, and so costs nothing.
+        times = (time if time.requires_grad else None for time in (t, h))
+        ctx.save_for_backward(
+            start, *times, first_slope if record.keep_slope else None, results[0], *ctx.step.witness.saved
+        )
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        step: _Step = ctx.step
+        start, t, h, first_slope, reached, *_ = ctx.saved_tensors
+        arguments = (step, ctx.needs_input_grad[2:], reached.detach())
+        if torch.is_grad_enabled() and not step.record.with_loss:
+            dependencies = step.record.field.dependencies
+            return (
+                None,
+                None,
+                *_StepGradient.apply(arguments, start, t, h, first_slope, len(cotangents), *cotangents, *dependencies),
+            )
+        with torch.no_grad():
+            gradients = step.gradient(*arguments[1:], start, first_slope, cotangents)
+        if torch.is_grad_enabled():
+            gradients = [None if g is None else _OnceDifferentiable.apply(g, _leaf_like(g)) for g in gradients]
+        return None, None, *gradients
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step's record, its witness, the state's dtype at its end, and the shapes and dtypes of its time and size."""
+
+    record: _StepRecord
+    witness: Witness
+    dtype: torch.dtype
+    times: list[tuple[torch.Size, torch.dtype]]
+
+    def gradient(
+        self,
+        needed: Sequence[bool],
+        reached: Tensor,
+        start: Tensor,
+        first_slope: Tensor | None,
+        cotangents: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """The cotangents of the state, of time and size, of the slope handed on, and of the dependencies."""
+        record = self.record
+        _, needs_t, needs_h, _, *needs = needed
+        end, *slopes = cotangents
+
+        def flat(tensor: Tensor | None, last: float) -> Tensor | None:
+            """The state and, if there is a loss, one element more."""
+            if tensor is None or not record.with_loss:
+                return tensor
+            return torch.cat([tensor.reshape(-1), tensor.new_full((1,), last)])
+
+        state = flat(start.detach().to(self.dtype), 0.0)
+        cotangent = flat(torch.zeros_like(start, dtype=self.dtype) if end is None else end, 1.0)
+        assert state is not None
+        assert cotangent is not None
+        states = [state] if record.with_loss else [state, reached]
+        trajectory = replace(record.trajectory, states=states, slopes=[flat(first_slope, 0.0)])
+        with self.witness.checked(needs, cotangent.device) as sums:
+            of_state, of_slope, of_times = sweep_step(
+                trajectory,
+                record.field,
+                sums,
+                cotangent,
+                {i: flat(slope, 0.0) for i, slope in zip(record.stages, slopes, strict=True)},
+                needs_t or needs_h,
+            )
+            if record.with_loss and of_slope is not None:
+                _add_loss_at_start(trajectory, record.field, sums, of_state, of_slope, of_times)
+        both = [None, None] if of_times is None else [of_times.starts, of_times.sizes]
+        if record.with_loss:
+            of_state = of_state[:-1].view(start.shape)
+            of_slope = None if of_slope is None else of_slope[:-1].view(start.shape)
+        of_t, of_h = (
+            None if time is None or not need else time.to(dtype).reshape(shape)
+            for time, need, (shape, dtype) in zip(both, (needs_t, needs_h), self.times, strict=True)
+        )
+        return [of_state.to(start.dtype), of_t, of_h, of_slope, *sums.results()]
+
+
+class _StepGradient(torch.autograd.Function):
+    """A step's gradient as a function that can be differentiated itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        arguments: Any,
+        start: Tensor,
+        t: Tensor | None,
+        h: Tensor | None,
+        first_slope: Tensor | None,
+        n_cotangents: int,
+        *others: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        step, needed, reached = arguments
+        ctx.step = step
+        cotangents = others[:n_cotangents]
+        ctx.save_for_backward(reached, start, t, h, first_slope, *cotangents)
+        ctx.set_materialize_grads(False)
+        return tuple(step.gradient(needed, reached, start, first_slope, cotangents))
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_third_derivatives()
+        record, field = ctx.step.record, ctx.step.record.field
+        trajectory, (taken,) = record.trajectory, record.trajectory.steps
+        reached, *saved = ctx.saved_tensors
+        with (
+            ctx.step.witness.checked([True] * len(field.dependencies), reached.device) as sums,
+            torch.enable_grad(),
+        ):
+            start, t, h, slope, *cotangents = (None if x is None else _leaf(x) for x in saved)
+            assert start is not None
+            starts, sizes = (
+                torch.tensor([value], dtype=torch.float64, device=reached.device)
+                if x is None
+                else x.reshape(1).double()
+                for x, value in ((t, taken.t0), (h, taken.h))
+            )
+            times, time = Times(starts, sizes, starts[:0]), trajectory.stage_times(taken)[0]
+            evaluated_again = taken.slope_handed_on and slope is None
+            if evaluated_again:
+                slope = _leaf(field(time, start, {}))
+            _, ended, slopes = replay(trajectory, field, sums, start.to(ctx.step.dtype), times, slope)
+            field.require_same(torch.linalg.vector_norm(ended.detach() - reached) / torch.linalg.vector_norm(reached))
+            variables = [start, t, h, slope, *sums.inputs]
+            first = gradients([ended, *(slopes[i] for i in record.stages)], variables, cotangents, create_graph=True)
+            n = len(cotangents)
+            second = gradients(first, [*cotangents, *variables], directions, create_graph=False)
+            if evaluated_again and (of_slope := second[n + 3]) is not None:
+                # The slope handed on is f at the step's start: what acts through it acts through that.
+                moved = time + (starts - starts.detach()).to(time.dtype).reshape(time.shape)
+                more = gradients([field.evaluate(moved, start, {}, sums)], variables, [of_slope], create_graph=False)
+                second[n + 3] = None
+                for i, extra in enumerate(more):
+                    if extra is not None:
+                        known = second[n + i]
+                        second[n + i] = extra if known is None else known + extra
+        return None, *second[n : n + 4], None, *second[:n], *second[n + 4 :]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _leaf_like(tensor: Tensor) -> Tensor:
+    return tensor.new_zeros(()).requires_grad_()
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Makes a gradient raise where it is differentiated again, rather than pass for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "symplectic_adjoint: a gradient was differentiated again (create_graph=True), which it can't be with an "
+            "integral_loss: use sensitivity='autograd' for that"
+        )
+
+
+def _add_loss_at_start(
+    trajectory: Trajectory,
+    field: VectorField,
+    sums: CotangentSums,
+    of_state: Tensor,
+    of_slope: Tensor,
+    of_times: TimeCotangents | None,
+) -> None:
+    """Add, in place, what acts through the integrand at a step's start: handed on was the slope of the state alone."""
+    step = trajectory.steps[0]
+    cotangent = torch.zeros_like(of_slope)
+    cotangent[-1] = of_slope[-1]
+    time = trajectory.stage_times(step)[0]
+    slope, product, tau = field.vjp(time, trajectory.states[0], {}, cotangent, sums, of_times is not None)
+    if product is not None:
+        of_state += product
+    if of_times is not None:
+        if trajectory.slopes[0] is not None:  # else it was evaluated again, with the integrand
+            of_times.sizes.add_(slope[-1] * of_slope[-1] / step.h)
+        if tau is not None:
+            of_times.starts.add_(tau.sum())

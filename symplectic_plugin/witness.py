@@ -1,0 +1,108 @@
+"""What a backward pass relies on: the vector field as the forward pass left it, and derivatives that can be had."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .vector_field import CotangentSums, VectorField, without_autocast
+
+
+def refuse_transforms() -> None:
+    """Refuse derivatives that would pass a solve by.
+
+    Raises:
+        RuntimeError: inside a transform of torch.func, or in forward mode.
+    """
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "symplectic_adjoint: a solve can't be differentiated in forward mode (torch.autograd.forward_ad) or by "
+            "torch.func's transforms: use torch.autograd, or the base method itself"
+        )
+
+
+class Witness:
+    """Sees to it that the backward pass finds the vector field as the forward pass left it.
+
+    Args:
+        field: the vector field, with its dependencies discovered.
+
+    Attributes:
+        saved: the dependencies that f has been seen to use, to be saved for the backward pass: autograd raises if they
+            are changed in place.
+    """
+
+    def __init__(self, field: VectorField) -> None:
+        field.settle()
+        self.field = field
+        used = len(field.dependencies) - field.spare
+        self.saved = field.dependencies[:used]
+        self._spare = field.dependencies[used:]
+        self._addresses = [_address(tensor) for tensor in field.dependencies]
+        self._versions = [tensor._version for tensor in self._spare]
+
+    @contextlib.contextmanager
+    def checked(self, needed: Sequence[bool], device: torch.device) -> Iterator[CotangentSums]:
+        """The context of a sweep: autocast off, f as it was, random number generators left alone.
+
+        Raises:
+            RuntimeError: if a tensor that f depends on is not what it was.
+        """
+        field = self.field
+        sums = CotangentSums(field, needed)
+        draws = field.generators.kept() if field.draws else contextlib.nullcontext()
+        with without_autocast(device), draws, field.restored():
+            if self._addresses[: len(self.saved)] != [_address(tensor) for tensor in self.saved]:
+                raise RuntimeError(_CHANGED.format("was given other memory (its .data was set, or it was moved)"))
+            yield sums
+        used = sums.used()[len(self.saved) :]
+        for tensor, version, is_used in zip(self._spare, self._versions, used, strict=True):
+            if is_used and tensor._version != version:
+                raise RuntimeError(_CHANGED.format("was modified by an inplace operation"))
+
+
+_CHANGED = (
+    "symplectic_adjoint: a tensor that the vector field depends on {} between the forward and the backward pass, so "
+    "the gradient can't be had. Call backward() before changing it."
+)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's values are."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+
+
+def refuse_third_derivatives() -> None:
+    """Refuse to have the gradient of a gradient differentiated.
+
+    Raises:
+        RuntimeError: in a backward pass that is to be differentiated.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "symplectic_adjoint: there are no third derivatives (create_graph=True on a gradient of a gradient): "
+            "use the base method itself for those"
+        )
+
+
+def gradients(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """`torch.autograd.grad`, for outputs, inputs and cotangents that may be missing."""
+    pairs = [
+        (output, cotangent.to(output.dtype))
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output is not None and cotangent is not None and output.requires_grad
+    ]
+    present = [x for x in inputs if x is not None]
+    if not pairs or not present:
+        return [None] * len(inputs)
+    given = [output for output, _ in pairs], present, [cotangent for _, cotangent in pairs]
+    gradients = iter(torch.autograd.grad(*given, allow_unused=True, create_graph=create_graph))
+    return [None if x is None else next(gradients) for x in inputs]
