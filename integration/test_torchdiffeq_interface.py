@@ -430,6 +430,18 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
+    def test_what_is_used_only_later_on_and_changed_in_place_raises(self) -> None:
+        # Zero, so that changing the weight it is multiplied with changes no value: only the gradient would be wrong.
+        early, late, nothing = random(2).requires_grad_(), random(2).requires_grad_(), torch.zeros(2).double()
+        nothing.requires_grad_()
+        y = torchdiffeq.odeint(
+            lambda t, y: early * y + (late * nothing if t > 0.5 else 0), Y0, T, method="symplectic_adjoint"
+        )
+        with torch.no_grad():
+            late.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
     def test_times_without_a_gradient_may_be_changed_in_place(self) -> None:
         field, t = mlp(), T.clone()
         y = torchdiffeq.odeint(field, Y0, t, method="symplectic_adjoint", options={"first_step": 0.1})

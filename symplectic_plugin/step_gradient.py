@@ -97,10 +97,10 @@ class _RecordedStep(torch.autograd.Function):
                 *_StepGradient.apply(arguments, start, t, h, first_slope, len(cotangents), *cotangents, *dependencies),
             )
         with torch.no_grad():
-            gradients = step.gradient(*arguments[1:], start, first_slope, cotangents)
+            results = step.gradient(*arguments[1:], start, first_slope, cotangents)
         if torch.is_grad_enabled():
-            gradients = [None if g is None else _OnceDifferentiable.apply(g, _leaf_like(g)) for g in gradients]
-        return None, None, *gradients
+            results = [None if g is None else _OnceDifferentiable.apply(g, _leaf_like(g)) for g in results]
+        return None, None, *results
 
 
 @dataclass(frozen=True)

@@ -105,3 +105,16 @@ def test_it_conserves_the_product_of_adjoint_and_variation(problem: Problem, see
     initial, _ = problem.sweep(cotangent)
     scale = adjoint.norm() * delta_at_outputs[-1].norm() + initial.norm() * delta.norm()
     assert abs(initial @ delta - adjoint @ delta_at_outputs[-1]) <= 1e-13 * scale
+
+
+def test_a_stage_that_no_other_uses_leaves_nothing_undefined() -> None:
+    a = torch.tensor([[0.0, 0, 0], [0.3, 0, 0], [0.7, 0, 0]], dtype=torch.float64)
+    problem = Problem(ButcherTableau(a, torch.tensor([0.5, 0.0, 0.5]), a.sum(1)), seed=0, n_steps=3)
+    cotangent = torch.ones(len(problem.places) + 1, SIZE, dtype=torch.float64)
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        initial, parameters = problem.sweep(cotangent)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert initial.isfinite().all()
+    assert all(total is not None and total.isfinite().all() for total in parameters)
