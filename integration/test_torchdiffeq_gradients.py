@@ -8,6 +8,7 @@ import torchdiffeq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from symplectic_plugin.checkpoints import POLICIES
 from symplectic_plugin.hosts.torchdiffeq.methods import solvers
 
 from .fields import ADAPTIVE, FIXED, MLP, Outcome, errors, output_times, problems
@@ -39,9 +40,10 @@ def test_adaptive_methods(method, problem, digits, data) -> None:
         options |= {"jump_t": cuts[:2], "step_t": cuts[2:]}
     if data.draw(st.booleans()):
         options |= {"max_step": duration / 5}
+    policy = {"checkpoint": data.draw(st.sampled_from(POLICIES))}
     solve = {"rtol": tolerance, "atol": tolerance}
     expected = Outcome(field, y0, t, method=method, options=options, **solve)
-    actual = Outcome(field, y0, t, method=f"symplectic_adjoint:{method}", options=options, **solve)
+    actual = Outcome(field, y0, t, method=f"symplectic_adjoint:{method}", options=options | policy, **solve)
     # The reference itself is no better in t: it differentiates an interpolant whose coefficients are differences of
     # states, rounded, over a step that is small beside them.
     assert_exact(actual, expected, time_bound=max(EXACT, 1e-13 / duration / tolerance ** (1 / order)))
@@ -68,6 +70,7 @@ def test_fixed_grid_methods(method, problem, data) -> None:
 
         options["grid_constructor"] = grid_constructor
     expected = Outcome(field, y0, t, method=method, options=options)
+    options["checkpoint"] = data.draw(st.sampled_from(POLICIES))
     assert_exact(Outcome(field, y0, t, method=f"symplectic_adjoint:{method}", options=options), expected)
 
 
@@ -103,7 +106,8 @@ def test_it_is_exact_at_a_loose_tolerance_where_the_continuous_adjoint_is_not() 
 
 
 @pytest.mark.parametrize("method", ADAPTIVE + FIXED)
-def test_single_precision_is_exact_to_its_rounding(method) -> None:
+@pytest.mark.parametrize("policy", ["auto", "steps"])
+def test_single_precision_is_exact_to_its_rounding(method, policy) -> None:
     generator = torch.Generator().manual_seed(0)
     field = MLP(3, 8, generator, dtype=torch.float32)
     y0 = torch.randn(4, 3, generator=generator)
@@ -111,6 +115,7 @@ def test_single_precision_is_exact_to_its_rounding(method) -> None:
     options = {"first_step": 0.1} if method in ADAPTIVE else {"step_size": 0.1}
     solve = {"rtol": 1e-3, "atol": 1e-3, "options": options}
     expected = Outcome(field, y0, t, method=method, **solve)
+    solve["options"] = options | {"checkpoint": policy}
     actual = Outcome(field, y0, t, method=f"symplectic_adjoint:{method}", **solve)
     assert torch.equal(actual.values, expected.values)
     found = errors(actual, expected)

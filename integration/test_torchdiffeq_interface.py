@@ -22,6 +22,12 @@ Y0 = torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.f
 MULTISTEP = ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver")
 
 
+@pytest.fixture(autouse=True, params=["auto", "steps"])
+def policy(request, monkeypatch) -> None:
+    """By default these small solves keep all graphs; and all of this has to hold as well where nothing is kept."""
+    monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", request.param)
+
+
 def mlp() -> MLP:
     return MLP(2, 8, torch.Generator().manual_seed(0))
 
@@ -39,6 +45,10 @@ def gradients(field, inputs, method, odeint=torchdiffeq.odeint, y0=Y0, t=T, loss
 def assert_same(actual, expected, bound: float = 1e-12) -> None:
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+EVALUATED_AGAIN = {"checkpoint": "steps"}
+"""For tests of what happens when f is evaluated in the backward pass."""
 
 
 class TestCapturedTensors:
@@ -458,7 +468,9 @@ class TestErrors:
     def test_an_exception_in_the_backward_pass_leaves_the_next_solve_right(self) -> None:
         field = mlp()
         expected = gradients(field, field.w1, "dopri5")
-        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint", options={"first_step": 0.1})
+        y = torchdiffeq.odeint(
+            field, Y0, T, method="symplectic_adjoint", options={"first_step": 0.1, **EVALUATED_AGAIN}
+        )
         handle = field.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             y.sum().backward()
@@ -597,7 +609,9 @@ class TestRandomness:
     def test_numbers_drawn_only_later_on_raise(self) -> None:
         w = random(2).requires_grad_()
         field = lambda t, y: w * y + (torch.rand(()) if t > 0.5 else 0)  # noqa: E731
-        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint:rk4", options={"step_size": 0.1})
+        y = torchdiffeq.odeint(
+            field, Y0, T, method="symplectic_adjoint:rk4", options={"step_size": 0.1, **EVALUATED_AGAIN}
+        )
         with pytest.raises(RuntimeError, match="returned other values"):
             y.sum().backward()
 
@@ -617,9 +631,10 @@ class TestAnotherFieldInTheBackwardPass:
     """Rather than a wrong gradient, an error."""
 
     @pytest.mark.parametrize("steps", [1, 10])
-    def test_a_changed_number(self, steps) -> None:
+    @pytest.mark.parametrize("policy", ["steps", "stages"])
+    def test_a_changed_number(self, steps, policy) -> None:
         w, factor = random(2).requires_grad_(), collections.deque([1.0])  # what a deque holds is not looked at
-        options = {"step_size": 1 / steps}
+        options = {"step_size": 1 / steps, "checkpoint": policy}
         y = torchdiffeq.odeint(
             lambda t, y: torch.sin(w * y) * factor[0], Y0, T, method="symplectic_adjoint:rk4", options=options
         )
@@ -639,7 +654,9 @@ class TestAnotherFieldInTheBackwardPass:
 
         w = random(2).requires_grad_()
         field = lambda t, y: w * y + python_random.random()  # noqa: E731
-        y = torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint:rk4", options={"step_size": 0.1})
+        y = torchdiffeq.odeint(
+            field, Y0, T, method="symplectic_adjoint:rk4", options={"step_size": 0.1, **EVALUATED_AGAIN}
+        )
         with pytest.raises(RuntimeError, match="returned other values in the backward pass"):
             y.sum().backward()
 

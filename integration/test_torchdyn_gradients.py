@@ -36,6 +36,12 @@ HYPERSOLVERS = (HyperEuler, HyperMidpoint, HyperRungeKutta4)
 pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has no effect")
 
 
+@pytest.fixture(autouse=True, params=["auto", "steps"])
+def policy(request, monkeypatch) -> None:
+    """By default these small solves keep all graphs; and all of this has to hold as well where nothing is kept."""
+    monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", request.param)
+
+
 @contextlib.contextmanager
 def constant_first_step() -> Iterator[None]:
     """torchdyn's own first step size, without the gradient that its backpropagation carries through the choice."""

@@ -37,6 +37,12 @@ SOLVERS = ("rk4", *ADAPTIVE)
 pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has no effect")
 
 
+@pytest.fixture(autouse=True, params=["auto", "steps"])
+def policy(request, monkeypatch) -> None:
+    """By default these small solves keep all graphs; and all of this has to hold as well where nothing is kept."""
+    monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", request.param)
+
+
 def random(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

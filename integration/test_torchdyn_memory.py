@@ -23,6 +23,12 @@ FLAG = "symplectic_adjoint"
 pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect")
 
 
+@pytest.fixture(autouse=True)
+def policy(monkeypatch) -> None:
+    """The least memory that does not depend on the number of steps but by a state each."""
+    monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", "steps")
+
+
 def network(hidden: int) -> nn.Module:
     """Without hidden units, a field whose graph is no larger than a few states."""
     torch.manual_seed(0)

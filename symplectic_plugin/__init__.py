@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from symplectic_plugin.registry import register, registered, unregister
+    from symplectic_plugin.report import profile
     from symplectic_plugin.tableau import ButcherTableau, partner_tableau, read_tableau
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "ButcherTableau",
     "__version__",
     "partner_tableau",
+    "profile",
     "read_tableau",
     "register",
     "registered",
@@ -26,6 +28,7 @@ _MODULE_OF = {
     "register": "registry",
     "registered": "registry",
     "unregister": "registry",
+    "profile": "report",
     "ButcherTableau": "tableau",
     "partner_tableau": "tableau",
     "read_tableau": "tableau",

@@ -1,35 +1,25 @@
-"""What a vector field depends on: what it holds, and what its graph runs into."""
+"""What a vector field holds: tensors that it may depend on, and what has to be put back to have it as it was."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import functools
-import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-Edge = tuple[Any, int]
-"""A tensor's place in the autograd graph: the node that made it, and which of the node's outputs it is."""
-
 _MOST_OBJECTS = 10_000
 """How many objects are looked at: f may hold a data set."""
 
 _NO_PART_OF_A_FIELD = ("torch.optim", "torch.utils.data", "lightning", "pytorch_lightning", "logging")
 """Where the classes are from of objects that are not looked into: a model may hold its trainer."""
-
-
-def edge_of(tensor: Tensor) -> Edge:
-    """The edge of a tensor with a history."""
-    return tensor.grad_fn, tensor.output_nr
 
 
 def has_hooks(tensor: Tensor) -> bool:
@@ -245,98 +235,3 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _global_names(constant)
-
-
-@dataclass
-class GraphInputs:
-    """Where a value's graph ends.
-
-    Attributes:
-        leaves: leaf tensors.
-        edges: edges that the walk was told to stop at.
-        older: nodes that are older than the evaluation.
-    """
-
-    leaves: list[Tensor] = field(default_factory=list)
-    edges: set[Edge] = field(default_factory=set)
-    older: list[Any] = field(default_factory=list)
-
-
-def graph_inputs(value: Tensor, start: Any, stops: set[Edge]) -> GraphInputs:
-    """Walk the graph that one evaluation of f made, back to what it depends on.
-
-    Args:
-        value: what f returned.
-        start: a node made just before f was called: nodes with smaller numbers are not f's, or another thread's.
-        stops: edges not to look behind.
-    """
-    found = GraphInputs()
-    if value.grad_fn is None:
-        return found
-    first = start._sequence_nr()
-    seen = {start}
-    stack: list[Edge] = [edge_of(value)]
-    while stack:
-        edge = stack.pop()
-        node = edge[0]
-        if edge in stops:
-            found.edges.add(edge)
-            continue
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            found.leaves.append(node.variable)
-        elif node._sequence_nr() < first:
-            found.older.append(node)
-        else:
-            stack.extend(following for following in node.next_functions if following[0] is not None)
-    return found
-
-
-def referenced(leaves: list[Tensor]) -> list[Tensor]:
-    """Those leaves that somebody else refers to: f may make leaves of its own, `x.detach().requires_grad_()`."""
-    # The list, the loop's variable and the function's argument.
-    return [leaf for leaf in leaves if sys.getrefcount(leaf) > 3]
-
-
-def history(tensor: Tensor) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ...]]]:
-    """The nodes behind a tensor: each node, the leaf that it accumulates into, and the edges that it leads to."""
-    seen: set[Any] = set()
-    stack: list[Any] = [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = node.variable if node.name() == "torch::autograd::AccumulateGrad" else None
-        yield node, leaf, node.next_functions
-        stack.extend(following for following, _ in node.next_functions)
-
-
-def is_alive(tensor: Tensor) -> bool:
-    """Whether a tensor's history can still be gone back through: it was not freed by a backward pass, and is no solve.
-
-    (A model that keeps its last solution must not have it become a dependency of the next one.)
-    """
-    for node, leaf, _ in history(tensor):
-        if node.name().startswith("_Recorded"):
-            return False
-        if leaf is None:
-            try:
-                for name in dir(node):
-                    if name.startswith("_saved_") or name == "saved_tensors":
-                        getattr(node, name)
-            except RuntimeError:
-                return False
-    return True
-
-
-def depends_on_another(tensor: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether a tensor's history leads to one of the others."""
-    leaves = {id(other) for other in others if other.is_leaf}
-    edges = {edge_of(other) for other in others if not other.is_leaf and other is not tensor}
-    return any(
-        id(leaf) in leaves if leaf is not None else any(edge in edges for edge in following)
-        for _, leaf, following in history(tensor)
-    )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .replay import Times, replay
+from .report import timed
+from .saved import graph_is_kept, states_for_hooks
 from .sweep import sweep
 from .trajectory import Trajectory
 from .vector_field import VectorField
@@ -58,46 +60,37 @@ class _Record:
 class _RecordedSolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: _Record, initial: Tensor, *inputs: Tensor) -> Tensor | None:
-        trajectory = record.trajectory
-        ctx.record = replace(record, solution=None, trajectory=replace(trajectory, states=[], slopes=[]))
-        ctx.has_slope = [slope is not None for slope in trajectory.slopes]
+        ctx.record = replace(record, solution=None)
         ctx.witness = Witness(record.field)
-        # All saved: so autograd notices what is changed in place before the backward pass, frees the checkpoints after
-        # it, and lets hooks on saved tensors have them. The first state is the initial one.
-        slopes = [slope for slope in trajectory.slopes if slope is not None]
         # Times that need no gradient may be changed: the steps are what counts.
         ctx.times = [None if time.requires_grad else time.detach() for time in inputs[: record.n_times]]
         times = [time for time in inputs[: record.n_times] if time.requires_grad]
-        ctx.save_for_backward(*times, initial, *trajectory.states[1:], *slopes, *ctx.witness.saved)
+        # Autograd notices if what is saved is changed in place before the backward pass. Where somebody's hooks take
+        # over what is saved, to offload it or make it again, they get the checkpoints as well.
+        ctx.states = states_for_hooks(record.trajectory.kept)
+        ctx.save_for_backward(*times, initial, *ctx.states.take(), *ctx.witness.saved)
         return record.solution
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         record: _Record = ctx.record
-        n_steps = len(ctx.has_slope)
         unpacked = iter(ctx.saved_tensors)
         times = [next(unpacked) if time is None else time for time in ctx.times]
-        saved = tuple(unpacked)
-        n_states = max(1, n_steps + (1 if record.trajectory.ends else 0))
-        slopes = iter(saved[n_states:])
-        trajectory = replace(
-            record.trajectory,
-            states=[state.detach() for state in saved[:n_states]],
-            slopes=[next(slopes) if has else None for has in ctx.has_slope],
-        )
-        arguments = (replace(record, trajectory=trajectory), ctx.witness, ctx.needs_input_grad[1:])
-        if not torch.is_grad_enabled():
-            return None, *_gradient(*arguments, cotangent, times)
-        return None, *_Gradient.apply(arguments, cotangent, saved[0], *times, *record.field.dependencies)
+        initial = next(unpacked)
+        arguments = record, ctx.witness, ctx.needs_input_grad[1:], graph_is_kept()
+        with ctx.states.there(unpacked), timed(record.field.report):
+            if not torch.is_grad_enabled():
+                return None, *_gradient(cotangent, times, *arguments)
+            return None, *_Gradient.apply(arguments, cotangent, initial, *times, *record.field.dependencies)
 
 
 def _gradient(
-    record: _Record, witness: Witness, needed: Sequence[bool], cotangent: Tensor, times: Sequence[Tensor]
+    cotangent: Tensor, times: Sequence[Tensor], record: _Record, witness: Witness, needed: Sequence[bool], keep: bool
 ) -> list[Tensor | None]:
     """The cotangents of the initial state, of the times and of the dependencies, as far as they are needed."""
     needs_times, needs_dependencies = needed[1 : 1 + len(times)], needed[1 + len(times) :]
     with witness.checked(needs_dependencies, cotangent.device) as sums:
-        initial, of_times = sweep(record.trajectory, record.field, sums, cotangent, any(needs_times))
+        initial, of_times = sweep(record.trajectory, record.field, sums, cotangent, any(needs_times), keep)
         time_gradients: Sequence[Tensor | None] = [None] * len(times)
         if of_times is not None:
             with torch.enable_grad():
@@ -114,13 +107,13 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, arguments: Any, cotangent: Tensor, initial: Tensor, *inputs: Tensor) -> Any:
-        record, witness, needed = arguments
-        ctx.arguments = replace(record, trajectory=replace(record.trajectory, states=[], slopes=[])), witness
+        record, witness, _, _ = arguments
+        ctx.arguments = record, witness
         times = inputs[: record.n_times]
-        end = record.trajectory.states[-1] if record.trajectory.ends else initial
+        end = initial if record.trajectory.end is None else record.trajectory.end
         ctx.save_for_backward(cotangent, initial, *times, end, *witness.saved)
         ctx.set_materialize_grads(False)
-        return tuple(_gradient(record, witness, needed, cotangent, times))
+        return tuple(_gradient(cotangent, times, *arguments))
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -128,11 +121,15 @@ class _Gradient(torch.autograd.Function):
         record, witness = ctx.arguments
         *unpacked, end = ctx.saved_tensors[: 3 + record.n_times]
         needed = [True] * len(record.field.dependencies)
-        with witness.checked(needed, unpacked[0].device) as sums, torch.enable_grad():
+        with (
+            witness.checked(needed, unpacked[0].device) as sums,
+            timed(record.field.report),
+            torch.enable_grad(),
+        ):
             cotangent, initial, *times = (x.detach().requires_grad_() for x in unpacked)
             solve_times = record.times_of(record.trajectory, *times)
             with record.field.generators.kept():
-                outputs, ended, _ = replay(record.trajectory, record.field, sums, initial, solve_times)
+                outputs, ended, _ = replay(record.trajectory, record.field, sums.stand_ins, initial, solve_times)
             record.field.require_same(torch.linalg.vector_norm(ended.detach() - end) / torch.linalg.vector_norm(end))
             inputs = [initial, *times, *sums.inputs]
             first = gradients([outputs], inputs, [cotangent], create_graph=True)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cotangents import StandIns
 from .trajectory import Trajectory
-from .vector_field import CotangentSums, VectorField
+from .vector_field import VectorField
 
 
 class Times(NamedTuple):
@@ -28,7 +29,7 @@ class Times(NamedTuple):
 def replay(
     trajectory: Trajectory,
     field: VectorField,
-    sums: CotangentSums,
+    stand_ins: StandIns,
     initial: Tensor,
     times: Times,
     first_slope: Tensor | None = None,
@@ -38,7 +39,7 @@ def replay(
     Args:
         trajectory: the solve.
         field: its vector field.
-        sums: whose stand-ins take the place of dependencies.
+        stand_ins: what takes the place of dependencies.
         initial: the initial state.
         times: the solve's times, of which the values are the trajectory's.
         first_slope: the slope that was handed on to the first step, if one was.
@@ -57,8 +58,8 @@ def replay(
         inside = [m for m, (place, _) in enumerate(trajectory.outputs) if place == n]
         end_stage = trajectory.dense.end_stage and bool(inside)
         tableau = trajectory.tableau.with_end_stage() if end_stage else trajectory.tableau
-        stage_times = trajectory.stage_times(step)
-        keywords = [step.first_keywords, *trajectory.keywords[1:], {}]
+        stage_times = trajectory.stage_times([step])[0]
+        keywords = trajectory.stage_keywords(step)
         slopes = []
         for i in range(tableau.stages):
             if (draw := step.draws_before(i)) is not None:
@@ -69,7 +70,7 @@ def replay(
                 continue
             stage = x + h * _combined(tableau.a[i, :i], slopes) if i else x
             t = stage_times[i] + (start + float(tableau.c[i]) * size).to(stage_times[i].dtype)
-            slopes.append(field.evaluate(t, stage, keywords[i], sums))
+            slopes.append(field.evaluate(t, stage, keywords[i], stand_ins))
         if inside:
             theta = torch.stack(
                 [trajectory.outputs[m][1] + _shift((times.outputs[m] - step.t0 - start) / h) for m in inside]

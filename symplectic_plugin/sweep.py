@@ -19,10 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checkpoints import Kept
+from .cotangents import CotangentSums
 from .randomness import GeneratorStates
-from .tableau import ButcherTableau
+from .retake import Retaker
+from .runge_kutta import Workspace
 from .trajectory import Trajectory
-from .vector_field import CotangentSums, VectorField
+from .vector_field import VectorField
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,12 @@ class TimeCotangents:
 
 
 def sweep(
-    trajectory: Trajectory, field: VectorField, sums: CotangentSums, cotangent: Tensor, want_times: bool
+    trajectory: Trajectory,
+    field: VectorField,
+    sums: CotangentSums,
+    cotangent: Tensor,
+    want_times: bool,
+    keep: bool = False,
 ) -> tuple[Tensor, TimeCotangents | None]:
     """Carry the outputs' cotangents back to the initial state.
 
@@ -51,12 +59,13 @@ def sweep(
         sums: takes the cotangents of what f depends on.
         cotangent: of the outputs, shape (M + 1, *state).
         want_times: whether the cotangents of the times are needed.
+        keep: whether the checkpoints must stay, for another sweep.
 
     Returns:
         The cotangent of the initial state, and those of the times if wanted.
     """
     given = cotangent.reshape(len(cotangent), cotangent[0].numel())
-    back = _StepBack(trajectory, field, sums, given, cotangent.shape[1:], want_times)
+    back = _StepBack(trajectory, field, sums, given, cotangent.shape[1:], want_times, keep)
     places = trajectory.outputs
     times: list[_StepTimes] = []
     adjoint = torch.zeros_like(given[0])
@@ -67,7 +76,11 @@ def sweep(
         begin = end
         while begin > 0 and places[begin - 1][0] == n:
             begin -= 1
-        adjoint, slope_cotangent, of_step = back(n, begin, end, adjoint, {last: slope_cotangent})
+        kept = trajectory.kept[n]
+        state, slope = trajectory.checkpoints.recall(kept, back.retaker.advance)
+        adjoint, slope_cotangent, of_step = back(n, state, slope, begin, end, adjoint, {last: slope_cotangent})
+        if not keep:
+            trajectory.checkpoints.release(kept)
         if of_step is not None:
             times.append(of_step)
         end = begin
@@ -81,41 +94,36 @@ def sweep_step(
     trajectory: Trajectory,
     field: VectorField,
     sums: CotangentSums,
+    state: Tensor,
+    slope: Tensor | None,
     cotangent: Tensor,
     slope_cotangents: Mapping[int, Tensor | None],
     want_times: bool,
+    keep: bool = False,
+    following: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, TimeCotangents | None]:
     """Carry cotangents back over a trajectory's only step.
 
     Args:
         trajectory: the step, without outputs.
-        field, sums, want_times: as for `sweep`.
+        field, sums, want_times, keep: as for `sweep`.
+        state: at its start.
+        slope: there, if it was handed on and is not to be evaluated again.
         cotangent: of the state at its end.
         slope_cotangents: by stage, of its slopes, in the state's shape; None for zero.
+        following: the state that it ended in, if it is known.
 
     Returns:
         The cotangent of the state at its start, that of its first slope if that was handed on, and those of its times.
     """
     flat = {i: None if slope is None else slope.reshape(-1) for i, slope in slope_cotangents.items()}
     nothing = cotangent.new_zeros(1, cotangent.numel())
-    back = _StepBack(trajectory, field, sums, nothing, cotangent.shape, want_times)
-    adjoint, first_slope, times = back(0, 0, 0, cotangent.reshape(-1), flat)
+    back = _StepBack(trajectory, field, sums, nothing, cotangent.shape, want_times, keep)
+    back.following = following
+    adjoint, first_slope, times = back(0, state, slope, 0, 0, cotangent.reshape(-1), flat)
     field.require_same(back.worst_deviation)
     first_slope = None if first_slope is None else first_slope.view(cotangent.shape)
     return adjoint.view(cotangent.shape), first_slope, None if times is None else _gathered([times], nothing)
-
-
-class _Coefficients:
-    """A tableau as the sweep reads it: numbers for what is decided on the host, a matrix where the state is."""
-
-    def __init__(self, tableau: ButcherTableau, like: Tensor) -> None:
-        self.stages = tableau.stages
-        self.a = tableau.a.tolist()
-        self.b = tableau.b.tolist()
-        self.c = tableau.c.tolist()
-        self.matrix = tableau.a.to(like)
-        self.vector = tableau.b.to(like)
-        self.used_later = (tableau.a != 0).any(0).tolist()
 
 
 class _StepBack:
@@ -129,27 +137,36 @@ class _StepBack:
         given: Tensor,
         shape: torch.Size,
         want_times: bool,
+        keep: bool,
     ) -> None:
         self.trajectory = trajectory
         self.field = field
         self.sums = sums
         self.given = given
         self.shape = shape
+        self.keep = keep
+        # Graphs of the forward pass end in the leaves that stood in for dependencies then.
+        self.graphs_hold = sums.stand_ins is field.stand_ins
         dense, tableau = trajectory.dense, trajectory.tableau
         self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
         self.weights = dense.weights(self.theta)
         self.device_weights = self.weights.to(given)
         self.derivatives = dense.derivatives(self.theta) if want_times else None
-        self.plain = _Coefficients(tableau, given)
-        self.with_end = _Coefficients(tableau.with_end_stage(), given) if dense.end_stage else self.plain
         # A row a stage: its slope while the step is taken forward again, then, on the way back, xi in its place. So the
         # stages need s states, and X_i is formed from the slopes before it once more when its turn comes.
-        self.rows = given.new_empty(self.with_end.stages, given.shape[1])
+        self.retaker = Retaker(trajectory, field, given[0], shape)
+        self.plain = self.retaker.plain
+        self.with_end = Workspace(tableau.with_end_stage(), given[0]) if dense.end_stage else self.plain
+        # Where stages were kept nothing is taken again, and the slopes come one by one, the last one first.
+        self._slopes: Workspace | None = None
+        self.following = trajectory.end
         self.worst_deviation = _zero(given)
 
     def __call__(
         self,
         n: int,
+        state: Tensor,
+        slope: Tensor | None,
         begin: int,
         end: int,
         adjoint: Tensor,
@@ -159,6 +176,8 @@ class _StepBack:
 
         Args:
             n: which step.
+            state: the state at its start.
+            slope: the slope there, if it was handed on and is not to be evaluated again.
             begin, end: which outputs lie in it.
             adjoint: the cotangent of x_{n+1}, flat.
             slope_cotangents: by stage, the cotangents of slopes that are used outside the step, flat, None for zero:
@@ -168,45 +187,42 @@ class _StepBack:
             The cotangent of x_n; that of the slope that was handed on to step n, None where none was; and those of the
             step's times, if wanted.
         """
-        trajectory, field, rows, shape = self.trajectory, self.field, self.rows, self.shape
-        step = trajectory.steps[n]
-        coefficients = self.with_end if end > begin else self.plain
-        a, b, s = coefficients.a, coefficients.b, coefficients.stages
+        trajectory, field, report, shape = self.trajectory, self.field, self.field.report, self.shape
+        step, kept = trajectory.steps[n], trajectory.kept[n]
+        has_outputs = end > begin
+        work = self.with_end if has_outputs else self.plain
+        b, s = work.b, work.stages
         h = step.h
-        scaled = coefficients.matrix * h
-        stage_times = trajectory.stage_times(step)
-        keywords = [step.first_keywords, *trajectory.keywords[1:], {}]
-        start = trajectory.states[n].reshape(-1).to(rows.dtype)
+        work.set_size(h)
+        stage_times, keywords = self.retaker.stage_times(n), trajectory.stage_keywords(step)
+        start = state.reshape(-1).to(work.rows.dtype)
+        # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
+        graphs = kept.graphs if self.graphs_hold and work.stages == trajectory.tableau.stages else None
+        if graphs is not None and None in graphs[1:]:  # an error ended the sweep before this one in this step
+            graphs = None
+        stages = None if step.draws is not None or work.stages > trajectory.tableau.stages else kept.stages
+        taken_again = graphs is None and stages is None
         given = self.given[begin + 1 : end + 1]
-        weights = self.device_weights[begin:end] * h
-        weighted = (self.weights[begin:end] != 0).any(0).tolist()
+        weights, weighted = self.device_weights, [False] * s
+        if has_outputs:
+            weights, weighted = weights[begin:end] * h, (self.weights[begin:end] != 0).any(0).tolist()
         times = None if self.derivatives is None else _StepTimes(h, given, self.theta, self.derivatives, begin, end)
 
-        def stage(i: int) -> Tensor:
-            return (torch.addmv(start, rows[:i].T, scaled[i, :i]) if i else start).view(shape)
-
-        # Forward, without graphs, for the slopes that later stages are made of. Where f draws random numbers, all
-        # evaluations are made in the order in which the host made them, and what each will draw is noted.
         draws: list[GeneratorStates | None] = [None] * s
-        for i in range(s):
-            if (before := step.draws_before(i)) is not None:
-                field.generators.set(before)
-            if step.draws is not None:
-                draws[i] = field.generators.states()
-            slope = trajectory.slopes[n] if i == 0 else None
-            if slope is None and (coefficients.used_later[i] or (step.draws is not None and i < s - 1)):
-                slope = field(stage_times[i], stage(i), keywords[i])
-            rows[i] = 0 if slope is None else slope.reshape(-1)
+        if taken_again:
+            draws = self.retaker.take(work, n, start, slope)
+        elif times is not None and step.slope_handed_on:
+            work.put(0, field(stage_times[0], state, keywords[0]) if slope is None else slope)
+        slopes = self._slopes_of(kept) if graphs is None and not taken_again else None
 
-        # Backward, one graph at a time.
         handed_on = 1 if step.slope_handed_on else 0
         last = trajectory.tableau.stages - 1
         nonzero = [False] * s
         first_slope_cotangent: Tensor | None = None
         for i in reversed(range(s)):
             kappa: Tensor | None = None
-            if any(nonzero[j] and a[j][i] != 0 for j in range(i + 1, s)):
-                kappa = torch.mv(rows[i + 1 : s].T, scaled[i + 1 :, i])
+            if any(nonzero[j] for j in work.later[i]):
+                kappa = work.partner(i)
             if b[i] != 0:
                 kappa = adjoint * (h * b[i]) if kappa is None else kappa.add_(adjoint, alpha=h * b[i])
             if weighted[i]:
@@ -217,43 +233,76 @@ class _StepBack:
 
             if i < handed_on:
                 if times is not None:
-                    times.add_slope(0, rows[0], of_step)
+                    times.add_slope(0, work.row[0], of_step)
                 first_slope_cotangent = kappa
                 break
-            if (draw := draws[i]) is not None:
-                field.generators.set(draw)
-            if kappa is not None:
-                slope, product, tau = field.vjp(
-                    stage_times[i], stage(i), keywords[i], kappa.view(shape), self.sums, times is not None
-                )
-            elif times is not None and times.needs_slope(i):
-                slope, product, tau = field(stage_times[i], stage(i), keywords[i]), None, None
-            else:
-                slope = product = tau = None
-            if times is not None and slope is not None:
-                times.add_slope(i, slope.reshape(-1), of_step)
-                times.add_stage_time(coefficients.c[i], tau)
-            if i == last:
-                self._compare(n, start, coefficients, slope)
+            evaluation = None if graphs is None else graphs[i]
+            current = product = tau = None
+            if kappa is not None or (times is not None and times.needs_slope(i)):
+                if evaluation is None:
+                    at = stages[i - 1] if stages is not None and i > 0 else work.stage(start, i)
+                    if (draw := draws[i] if taken_again else step.draws_before(i)) is not None:
+                        field.generators.set(draw)
+                    evaluation = field.differentiable(
+                        stage_times[i], at.view(shape), keywords[i], times is not None, self.sums.stand_ins
+                    )
+                    report.recomputed += 1
+                current = evaluation.slope.detach()
+                if kappa is not None:
+                    keep_graph = self.keep and graphs is not None
+                    product, tau = field.vjp(evaluation, kappa.view(shape), self.sums, times is not None, keep_graph)
+                    report.vjps += 1
+            evaluation = None
+            if graphs is not None and not self.keep:
+                graphs[i] = None
+            if times is not None and current is not None:
+                times.add_slope(i, current.reshape(-1), of_step)
+                times.add_stage_time(work.c[i], tau)
+            if slopes is not None:
+                slopes.put(i, current)
+            elif taken_again and i == last:
+                self._compare(work, start, current)
             nonzero[i] = product is not None
-            rows[i] = 0 if product is None else product.reshape(-1)
+            work.put(i, product)
 
-        adjoint = adjoint + given.sum(0) if end > begin else adjoint
+        if slopes is not None:
+            self._compare_kept(slopes, h, start, kept, handed_on)
+        self.following = state
+        if has_outputs:
+            adjoint = adjoint + given.sum(0)
         if any(nonzero):
-            adjoint = adjoint + rows[handed_on:s].sum(0)
+            adjoint = adjoint + work.rows[handed_on:s].sum(0)
         return adjoint, first_slope_cotangent, times
 
-    def _compare(self, n: int, start: Tensor, coefficients: _Coefficients, last_slope: Tensor | None) -> None:
-        """Note how far from the state that the solve went on with the step ends now."""
+    def _slopes_of(self, kept: Kept) -> Workspace | None:
+        """Where the slopes of a step are put whose stages were kept."""
+        if self._slopes is None:
+            self._slopes = Workspace(self.trajectory.tableau, self.given[0])
+        return self._slopes
+
+    def _compare(self, work: Workspace, start: Tensor, last_slope: Tensor | None) -> None:
+        """Note how far the step ends now from where the solve went on, its slopes but the last being in place."""
         last = self.trajectory.tableau.stages - 1
-        weighted = [i for i in range(last) if coefficients.b[i] != 0 and not coefficients.used_later[i]]
-        if n + 1 == len(self.trajectory.states) or weighted or (last_slope is None and coefficients.b[last] != 0):
-            return  # there is none to compare with, or not all slopes are there
-        expected = self.trajectory.states[n + 1].reshape(-1)
-        weights = coefficients.vector[: last + 1] * self.trajectory.steps[n].h
-        moved = torch.mv(self.rows[:last].T, weights[:last])
-        if coefficients.b[last] != 0 and last_slope is not None:
-            moved = torch.add(moved, last_slope.reshape(-1).to(moved.dtype) * weights[last])
+        missing = any(work.b[i] != 0 and not work.later[i] for i in range(last))
+        if self.following is None or missing or (last_slope is None and work.b[last] != 0):
+            return
+        work.put(last, last_slope)
+        self._note_deviation(start, work.combined(last + 1))
+
+    def _compare_kept(self, slopes: Workspace, h: float, start: Tensor, kept: Kept, handed_on: int) -> None:
+        """The same for a step whose stages were kept."""
+        slopes.set_size(h)
+        if handed_on and slopes.b[0] != 0:
+            if kept.stages is None or slopes.stages == 1 or slopes.a[1][0] == 0:
+                return
+            # The second stage is made of it alone.
+            slopes.put(0, (kept.stages[0] - start) / (h * slopes.a[1][0]))
+        if self.following is not None:
+            self._note_deviation(start, slopes.combined(slopes.stages))
+
+    def _note_deviation(self, start: Tensor, moved: Tensor) -> None:
+        assert self.following is not None
+        expected = self.following.reshape(-1)
         off = torch.linalg.vector_norm(start + moved - expected)
         # Relative to what was added up, of which little may be left.
         size = torch.linalg.vector_norm(start) + torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(moved)

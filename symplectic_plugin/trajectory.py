@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoints import Checkpoints, Kept
 from .randomness import GeneratorStates
 from .tableau import ButcherTableau
 
@@ -81,6 +82,9 @@ class NoOutputs(DenseOutput):
         return self.weights(theta)
 
 
+TakeStep = Callable[[Callable[..., Tensor], Step, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
 @dataclass
 class Trajectory:
     """A recorded solve.
@@ -90,11 +94,13 @@ class Trajectory:
         hands_on_slope: whether the method takes each step's first slope from the step before.
         keywords: what the host passes to f at each stage, beside time and state.
         dense: the interpolant that made the outputs.
-        stage_times: the times of a step's stages, shape (s,), on the state's device, in the dtype in which the host
-            hands them to f. The first is that of the first slope, also where it was handed on.
+        stage_times: the times of the stages of m steps, shape (m, s, *), on the state's device, in the shape and dtype
+            in which the host hands them to f. The first is that of the first slope, also where it was handed on.
+        take_step: the host's step, `take_step(f, step, state, first slope)`: the state at its end, and the slope there
+            if that is handed on.
+        checkpoints: what is kept of the steps.
         steps: the accepted steps, in order.
-        states: the state at the start of each step, the checkpoints; and, if `ends`, at the end of the last.
-        slopes: the first slope of each step where it can't be evaluated again from the state, else None.
+        kept: what is kept of each.
         outputs: for each output but the initial state, the step that it lies in and its place theta there, in order.
     """
 
@@ -102,9 +108,18 @@ class Trajectory:
     hands_on_slope: bool
     keywords: list[dict[str, Any]]
     dense: DenseOutput
-    stage_times: Callable[[Step], Sequence[Tensor] | Tensor]
+    stage_times: Callable[[Sequence[Step]], Tensor]
+    take_step: TakeStep
+    checkpoints: Checkpoints
     steps: list[Step] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
-    slopes: list[Tensor | None] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
     outputs: list[tuple[int, float]] = field(default_factory=list)
-    ends: bool = False
+
+    @property
+    def end(self) -> Tensor | None:
+        """The state at the end of the last step, if it is known."""
+        return self.kept[-1].end if self.kept else None
+
+    def stage_keywords(self, step: Step) -> list[Mapping[str, Any]]:
+        """The keyword arguments for f at each stage of a step, and at its end."""
+        return [step.first_keywords, *self.keywords[1:], {}]

@@ -1,21 +1,58 @@
-"""The vector field as the sweep sees it: what it depends on, its value, and its vector-Jacobian product."""
+"""The vector field as a solve and its sweep see it: what it depends on, its value, its vector-Jacobian product."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
-from .dependencies import Held, depends_on_another, edge_of, graph_inputs, has_hooks, is_alive, referenced
+from .cotangents import CotangentSums, StandIns
+from .dependencies import Held, has_hooks
+from .graphs import accumulator, edge_of, graph_inputs, is_alive, referenced, saved_storages
 from .randomness import Generators
+from .report import SolveReport
 
 Keywords = Mapping[str, Any]
+
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+@dataclass(slots=True, eq=False)
+class Evaluation:
+    """One evaluation of f, with its graph.
+
+    Args:
+        leaf: the state, where the graph ends.
+        time: the time, where the graph ends if a gradient of times is wanted.
+        argument: the state as f was handed it.
+        keywords: what else f was handed.
+        slope: what it returned.
+    """
+
+    leaf: Tensor
+    time: Tensor
+    argument: Tensor
+    keywords: Keywords
+    slope: Tensor
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes were made for the graph, in this thread."""
+        if self.slope.grad_fn is None:
+            return 0
+        return self.slope.grad_fn._sequence_nr() - self.argument.grad_fn._sequence_nr()  # type: ignore[union-attr]
+
+    def storages(self) -> dict[int, int]:
+        """The memory that it holds: the size in bytes of each storage, by its address."""
+        storages = saved_storages(self.slope)
+        for tensor in (self.leaf, self.slope):
+            if tensor.layout is torch.strided:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return storages
 
 
 class VectorField:
@@ -24,12 +61,14 @@ class VectorField:
     Args:
         function: `function(t, x, **keywords)`, the vector field as the host calls it.
         device: the state's.
+        report: takes the counts.
         named: tensors that f depends on, found or not: gradients go to them as well.
         only: gradients go to `named` alone, whatever else f depends on.
 
     Attributes:
         dependencies: the tensors that f depends on and that gradients go to, once `discover` has run.
         spare: how many of them, at the end, f has not been seen to use yet.
+        stand_ins: what takes the place of some of them while f is evaluated with a graph.
         left_out: those that it depends on and that get none, because of `only`.
         draws: whether it was seen to draw random numbers.
         generators: those that it may draw from.
@@ -40,16 +79,22 @@ class VectorField:
         self,
         function: Callable[..., Tensor],
         device: torch.device,
+        report: SolveReport,
         named: Sequence[Tensor] = (),
         only: bool = False,
     ) -> None:
         self.function = function
+        self.device = device
+        self.report = report
         self.dependencies = [tensor for tensor in dict.fromkeys(named) if tensor.requires_grad]
         self.spare = 0
         self.left_out: list[Tensor] = []
         self.draws = False
         self.rounding = 0.0
         self.generators = Generators(device)
+        self.stand_ins = StandIns()
+        self._accumulators: set[Any] = set()
+        self._lasting: set[int] = set()
         self._only = only
         self._held = Held(None)
         self._autocast = [
@@ -58,22 +103,21 @@ class VectorField:
         self._leaves = {id(tensor) for tensor in self.dependencies if tensor.is_leaf}
         self._edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
 
-    def discover(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
+    def discover(self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool = False) -> Evaluation | Any:
         """Evaluate f with a graph: take what it is seen to depend on and what it holds into `dependencies`.
 
         Returns:
-            The slope, without its graph.
+            The evaluation; or what f returned, if that is no tensor.
 
         Raises:
             RuntimeError: if f depends on a tensor with a history that can't be found.
         """
         self._held = held = Held(self.function)
         edges = {edge_of(tensor): tensor for tensor in held.tensors if not tensor.is_leaf}
+        stops = self._edges | edges.keys()
         before = self.generators.states()
-        with torch.enable_grad():
-            leaf, argument = _as_argument(x)
-            t = t.detach()
-            slope = self.function(t, argument, **keywords)
+        evaluation = self.differentiable(t, x, keywords, want_time)
+        slope = evaluation.slope
         self.draws = not self.generators.are_at(before)
         if not isinstance(slope, Tensor):
             return slope
@@ -81,22 +125,24 @@ class VectorField:
         self.rounding = max(
             torch.finfo(kind).eps for kind in (x.dtype, slope.dtype) if kind.is_floating_point or kind.is_complex
         )
-        found = graph_inputs(slope, argument.grad_fn, self._edges | edges.keys())
+        found = graph_inputs(slope, evaluation.argument.grad_fn, stops)
         if found.older:
-            with self.generators.kept(), torch.enable_grad():
-                _, argument = _as_argument(x)
-                again = graph_inputs(
-                    self.function(t, argument, **keywords), argument.grad_fn, self._edges | edges.keys()
-                )
+            with self.generators.kept():
+                second = self.differentiable(t, x, keywords, want_time)
+            again = graph_inputs(second.slope, second.argument.grad_fn, stops)
             if lost := set(found.older) & set(again.older):  # else they were made in another thread
                 raise RuntimeError(_lost(f"that was computed from others before the solve, by {lost.pop().name()}"))
         held_leaves = [tensor for tensor in held.tensors if tensor.is_leaf]
         held_ids = {id(tensor) for tensor in held_leaves}
-        others = [x for x in found.leaves if id(x) in held_ids]
-        found.leaves = [x for x in found.leaves if id(x) not in held_ids and x is not leaf and x is not t]
+        used_leaves = found.leaves
+        others = [x for x in used_leaves if id(x) in held_ids]
+        own = (evaluation.leaf, evaluation.time)
+        found.leaves = [x for x in used_leaves if id(x) not in held_ids and all(x is not mine for mine in own)]
+        del used_leaves
         self._take([*others, *referenced(found.leaves)], self._leaves, id)
         self._take([edges[edge] for edge in found.edges - self._edges], self._edges, edge_of)
         used = len(self.dependencies)
+        self._accumulators = {accumulator(tensor) for tensor in self.dependencies if tensor.is_leaf}
         # What it holds it may use at other times. Not what only a hook would notice, nor what has lost its graph.
         spare = [tensor for tensor in held_leaves if not has_hooks(tensor)]
         self._take(spare, self._leaves, id)
@@ -104,8 +150,22 @@ class VectorField:
         self._take([tensor for tensor in unused if is_alive(tensor)], self._edges, edge_of)
         self.spare = len(self.dependencies) - used
         self._leaves |= {id(tensor) for tensor in held.frozen}
+        self.stand_ins = self.stand_ins_now()
+        self._lasting = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in (t, *self.dependencies, *self.left_out, *held.frozen)
+            if tensor.layout is torch.strided
+        }
         self._refuse_own_state(slope, t, x, keywords)
-        return slope.detach()
+        return evaluation
+
+    def stand_ins_now(self) -> StandIns:
+        """The leaves that have to stand in for dependencies, as these are now."""
+        return StandIns((*self.dependencies, *self.left_out), self.dependencies)
+
+    def memory_of(self, evaluation: Evaluation) -> list[int]:
+        """The bytes of each storage that an evaluation keeps, less what is there without it."""
+        return [size for address, size in evaluation.storages().items() if address not in self._lasting]
 
     def _refuse_own_state(self, slope: Tensor, t: Tensor, x: Tensor, keywords: Keywords) -> None:
         """Refuse an f whose value depends on a tensor that it changes whenever it is evaluated.
@@ -163,80 +223,99 @@ class VectorField:
         with torch.no_grad(), self._forward_autocast():
             return self.function(t.detach(), x.detach(), **keywords).detach()
 
-    def vjp(
-        self, t: Tensor, x: Tensor, keywords: Keywords, cotangent: Tensor, sums: CotangentSums, want_time: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The slope, and the products of its cotangent with the Jacobians of f.
+    def differentiable(
+        self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool, stand_ins: StandIns | None = None
+    ) -> Evaluation:
+        """The slope f(t, x) with a graph of its own, which ends in the state, the time and the dependencies.
 
         Args:
             t: time, a scalar.
             x: state.
             keywords: passed on to f.
-            cotangent: of the slope, in the shape of x.
+            want_time: whether the product with df/dt will be needed.
+            stand_ins: what takes the place of dependencies: by default what was found to when f was discovered.
+        """
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            # A view, whose node is older than all that f makes.
+            argument = leaf.view_as(leaf)
+            t = t.detach().clone().requires_grad_(want_time)  # a copy: the caller's may be changed in place
+            slope = self.evaluate(t, argument, keywords, self.stand_ins if stand_ins is None else stand_ins)
+        return Evaluation(leaf, t, argument, keywords, slope)
+
+    def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, stand_ins: StandIns) -> Tensor:
+        """The slope f(t, x), with its graph back to t, x and the dependencies or their stand-ins."""
+        with torch.enable_grad(), self._forward_autocast(), stand_ins.substitution():
+            return self.function(t, x, **keywords)
+
+    def vjp(
+        self, evaluation: Evaluation, cotangent: Tensor, sums: CotangentSums, want_time: bool, keep_graph: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The products of a slope's cotangent with the Jacobians of f.
+
+        Args:
+            evaluation: of f, with its graph.
+            cotangent: of the slope, in the shape of the state.
             sums: takes the products with the Jacobians in the dependencies.
             want_time: whether the product with df/dt is needed.
+            keep_graph: whether the graph is not to be freed.
 
         Returns:
-            The slope; (df/dx)^T cotangent; <df/dt, cotangent>, the latter two None where f does not depend on it.
+            (df/dx)^T cotangent; <df/dt, cotangent>. None where f does not depend on it.
 
         Raises:
             RuntimeError: if f depends on a tensor here that was not found on the way forward.
         """
-        leaf, t, argument, slope = self._with_graph(t, x, keywords, sums, want_time)
+        slope = evaluation.slope
         if not slope.requires_grad:
-            return slope, None, None
-        strangers = self._strangers(slope, argument, (leaf, t), sums)
-        if strangers:
+            return None, None
+        leaf, t = evaluation.leaf, evaluation.time
+        if strangers := self._strangers(evaluation, sums):
             # f may make leaves of its own, and nodes in other threads: those are new ones in each evaluation.
             with self.generators.kept():
-                again = self._with_graph(t, x, keywords, sums, want_time)
-            if strangers & self._strangers(again[3], again[2], again[:2], sums):
+                again = self.differentiable(t, leaf, evaluation.keywords, want_time, sums.stand_ins)
+            if strangers & self._strangers(again, sums):
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
+        want_time = want_time and t.requires_grad
         inputs = [leaf, t, *sums.inputs] if want_time else [leaf, *sums.inputs]
-        grads = torch.autograd.grad(slope, inputs, cotangent.to(slope.dtype), allow_unused=True)
+        grads = torch.autograd.grad(
+            slope, inputs, cotangent.to(slope.dtype), allow_unused=True, retain_graph=keep_graph
+        )
         sums.add(grads[1 + want_time :])
-        return slope.detach(), grads[0], grads[1] if want_time else None
+        return grads[0], grads[1] if want_time else None
 
-    def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, sums: CotangentSums) -> Tensor:
-        """The slope f(t, x), with its graph back to t, x and the dependencies or their stand-ins."""
-        with torch.enable_grad(), self._forward_autocast(), sums.substitution():
-            return self.function(t, x, **keywords)
-
-    def _with_graph(
-        self, t: Tensor, x: Tensor, keywords: Keywords, sums: CotangentSums, want_time: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The state as a leaf, the time, the state as f's argument, and the slope with its graph."""
-        with torch.enable_grad():
-            leaf, argument = _as_argument(x)
-            t = t.detach().requires_grad_(want_time)
-            return leaf, t, argument, self.evaluate(t, argument, keywords, sums)
-
-    def _strangers(self, slope: Tensor, argument: Tensor, own: Iterable[Tensor], sums: CotangentSums) -> set[Any]:
+    def _strangers(self, evaluation: Evaluation, sums: CotangentSums) -> set[Any]:
         """Leaves that are neither known nor f's arguments, and older nodes, in the slope's graph.
 
         Raises:
             RuntimeError: if it has a tensor that was to be replaced by its stand-in.
         """
-        found = graph_inputs(slope, argument.grad_fn, self._edges)
-        if sums.replaced and (
-            not sums.replaced.isdisjoint(found.edges) or not sums.replaced.isdisjoint(map(id, found.leaves))
-        ):
+        slope, replaced = evaluation.slope, sums.stand_ins.replaced
+        known = () if sums.stand_ins else self._accumulators
+        found = graph_inputs(slope, evaluation.argument.grad_fn, self._edges, known)
+        if replaced and (not replaced.isdisjoint(found.edges) or not replaced.isdisjoint(map(id, found.leaves))):
             raise RuntimeError(
                 "symplectic_adjoint: the vector field uses a tensor with hooks, or one computed from others that it "
                 "uses too, where torch functions do not see it (in an autograd.Function, TorchScript or a solve "
                 "inside), so its gradient can't be told apart. Remove the hooks, or use it through torch operations."
             )
-        known = self._leaves | {id(tensor) for tensor in (*own, *sums.inputs)}
-        found.leaves = [leaf for leaf in found.leaves if id(leaf) not in known]
+        if found.leaves:
+            own = {id(tensor) for tensor in (evaluation.leaf, evaluation.time, *sums.inputs)}
+            found.leaves = [leaf for leaf in found.leaves if id(leaf) not in own and id(leaf) not in self._leaves]
         return {*referenced(found.leaves), *found.older}
 
     def restored(self) -> contextlib.AbstractContextManager[None]:
         """A context in which f holds what it held on the way forward."""
         return self._held.restored()
 
-    @contextlib.contextmanager
-    def _forward_autocast(self) -> Iterator[None]:
+    def _forward_autocast(self) -> contextlib.AbstractContextManager[None]:
         """The autocast state of the forward pass, without its cache, which may hold casts that have no graph."""
+        if any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in self._autocast):
+            return self._autocast_again()
+        return _NOTHING
+
+    @contextlib.contextmanager
+    def _autocast_again(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self._autocast:
                 if enabled:
@@ -244,88 +323,6 @@ class VectorField:
                 elif torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
-
-    @functools.cached_property
-    def entangled(self) -> set[int]:
-        """Identities of dependencies whose histories lead to other ones: differentiating would count those twice."""
-        computed = [tensor for tensor in (*self.dependencies, *self.left_out) if not tensor.is_leaf]
-        return {id(tensor) for tensor in computed if depends_on_another(tensor, self.dependencies)}
-
-
-class CotangentSums:
-    """The cotangents of the dependencies, summed over the evaluations of one sweep.
-
-    While f is evaluated, some dependencies are replaced by leaves with the same values: those whose histories lead to
-    others, which would be counted twice; those with hooks, which would run at each evaluation.
-
-    Args:
-        field: the vector field.
-        needed: which of its dependencies need a gradient in this backward pass.
-    """
-
-    def __init__(self, field: VectorField, needed: Sequence[bool]) -> None:
-        candidates = [*field.dependencies, *field.left_out]
-        replaced = [
-            tensor
-            for tensor in candidates
-            if id(tensor) in field.entangled or has_hooks(tensor) or not tensor.requires_grad
-        ]
-        self._stand_ins = {id(tensor): tensor.detach().requires_grad_() for tensor in replaced}
-        self.replaced = {
-            id(tensor) if tensor.is_leaf else edge_of(tensor) for tensor in replaced if tensor.requires_grad
-        }
-        self._dependencies = [tensor for tensor, need in zip(field.dependencies, needed, strict=True) if need]
-        self._needed = needed
-        self._totals: list[Tensor | None] = [None] * len(self._dependencies)
-        self.inputs = [self._stand_ins.get(id(tensor), tensor) for tensor in self._dependencies]
-
-    def substitution(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which f is to be evaluated with a graph."""
-        return _Substitution(self._stand_ins) if self._stand_ins else contextlib.nullcontext()
-
-    def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Add the gradients of one evaluation, in the order of `inputs`; None for what it did not use."""
-        totals, addends = [], []
-        for i, grad in enumerate(grads):
-            if grad is None:
-                continue
-            grad = grad.to_dense() if grad.is_sparse else grad
-            total = self._totals[i]
-            if total is None:
-                # A copy, since autograd may hand out one tensor twice; and wide, since a half-precision sum of many
-                # terms loses the small ones.
-                self._totals[i] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-            else:
-                totals.append(total)
-                addends.append(grad)
-        if totals:
-            torch._foreach_add_(totals, addends)
-
-    def used(self) -> list[bool]:
-        """Whether each dependency was used, as far as it is needed."""
-        totals = iter(self._totals)
-        return [need and next(totals) is not None for need in self._needed]
-
-    def results(self) -> list[Tensor | None]:
-        """The sums in the dtypes of the dependencies, None for what is not needed or was not used."""
-        sums = iter(zip(self._totals, self._dependencies, strict=True))
-        return [
-            None if not need or (pair := next(sums))[0] is None else pair[0].to(pair[1].dtype) for need in self._needed
-        ]
-
-
-class _Substitution(TorchFunctionMode):
-    """Hands every torch function the stand-ins in place of the tensors that they stand for."""
-
-    def __init__(self, stand_ins: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.stand_ins = stand_ins
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = tree_map_only(Tensor, lambda x: self.stand_ins.get(id(x), x), (args, kwargs or {}))
-        return func(*args, **kwargs)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -335,12 +332,6 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
         if torch.is_autocast_enabled(device.type)
         else contextlib.nullcontext()
     )
-
-
-def _as_argument(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf with x's values and, to be handed to f, a view of it, whose node is older than all that f makes."""
-    leaf = x.detach().requires_grad_()
-    return leaf, leaf.view_as(leaf)
 
 
 def _lost(what: str) -> str:

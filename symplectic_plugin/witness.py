@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .vector_field import CotangentSums, VectorField, without_autocast
+from .cotangents import CotangentSums
+from .vector_field import VectorField, without_autocast
 
 
 def refuse_transforms() -> None:
@@ -52,7 +53,9 @@ class Witness:
             RuntimeError: if a tensor that f depends on is not what it was.
         """
         field = self.field
-        sums = CotangentSums(field, needed)
+        now = field.stand_ins_now()
+        stand_ins = field.stand_ins if now.stand_for_the_same(field.stand_ins) else now
+        sums = CotangentSums(field.dependencies, needed, stand_ins)
         draws = field.generators.kept() if field.draws else contextlib.nullcontext()
         with without_autocast(device), draws, field.restored():
             if self._addresses[: len(self.saved)] != [_address(tensor) for tensor in self.saved]:

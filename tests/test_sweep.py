@@ -7,9 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symplectic_plugin import ButcherTableau
+from symplectic_plugin.checkpoints import Checkpoints, Kept
+from symplectic_plugin.cotangents import CotangentSums
+from symplectic_plugin.report import SolveReport
 from symplectic_plugin.sweep import sweep
 from symplectic_plugin.trajectory import DenseOutput, Step, Trajectory
-from symplectic_plugin.vector_field import CotangentSums, VectorField
+from symplectic_plugin.vector_field import Evaluation, VectorField
 
 from .strategies import tableaux
 
@@ -42,67 +45,98 @@ class Problem:
     def field(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.w2 @ torch.tanh(self.w1 @ torch.cat([x, t.reshape(1)]))
 
-    def solve(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The outputs, the initial state first, and the state at the start of each step."""
-        outputs, states, t = [x], [], 0.0
+    def step(self, f, t: float, h: float, x: torch.Tensor) -> torch.Tensor:
+        slopes: list[torch.Tensor] = []
+        for i in range(self.tableau.stages):
+            stage = x + h * sum((self.tableau.a[i, j] * slopes[j] for j in range(i)), torch.zeros(SIZE))
+            slopes.append(f(t + self.tableau.c[i] * h, stage))
+        return x + h * sum(b * k for b, k in zip(self.tableau.b, slopes, strict=True))
+
+    def solve(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs, the initial state first."""
+        outputs, t = [x], 0.0
         for n, h in enumerate(self.sizes):
-            states.append(x)
-            slopes: list[torch.Tensor] = []
-            for i in range(self.tableau.stages):
-                stage = x + h * sum((self.tableau.a[i, j] * slopes[j] for j in range(i)), torch.zeros(SIZE))
-                slopes.append(self.field(t + self.tableau.c[i] * h, stage))
-            end = x + h * sum(b * k for b, k in zip(self.tableau.b, slopes, strict=True))
+            end = self.step(self.field, t, h, x)
             outputs += [x + theta * (end - x) for m, theta in self.places if m == n]
             x, t = end, t + h
-        return torch.stack(outputs), states
+        return torch.stack(outputs)
 
-    def sweep(self, cotangent: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    def sweep(self, cotangent: torch.Tensor, keep: list[str]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """The gradient, with this kept of each step: its state, its stages, its graphs, or nothing."""
         starts = [sum(self.sizes[:n]) for n in range(len(self.sizes))]
         steps = [Step(t, t + h, h, False, {}) for t, h in zip(starts, self.sizes, strict=True)]
+        c = self.tableau.c
+        checkpoints = Checkpoints("auto")
         trajectory = Trajectory(
             self.tableau,
             False,
             [{}] * self.tableau.stages,
             ThroughTheEnd(self.tableau.b),
-            lambda step: step.t0 + self.tableau.c * step.h,
+            lambda steps: torch.stack([step.t0 + c * step.h for step in steps]),
+            lambda f, step, x, _: (self.step(f, step.t0, step.h, x), None),
+            checkpoints,
             steps=steps,
-            states=[state.detach() for state in self.solve(self.x0)[1]],
-            slopes=[None] * len(steps),
             outputs=self.places,
         )
-        field = VectorField(self.field, torch.device("cpu"))
+        field = VectorField(self.field, torch.device("cpu"), SolveReport())
         field.discover(torch.zeros((), dtype=torch.float64), self.x0, {})
-        sums = CotangentSums(field, [True] * len(field.dependencies))
+        x = self.x0
+        for n, (step, what) in enumerate(zip(steps, keep, strict=False)):
+            evaluations: list[Evaluation] = []
+
+            def evaluate(t, x, evaluations=evaluations):
+                evaluations.append(field.differentiable(t, x, {}, False))
+                return evaluations[-1].slope.detach()
+
+            end = self.step(evaluate, step.t0, step.h, x)
+            stages = [evaluation.leaf.detach() for evaluation in evaluations[1:]]
+            trajectory.kept.append(
+                Kept(
+                    trajectory.kept[-1] if n else None,
+                    x,
+                    None,
+                    stages if what == "stages" else None,
+                    evaluations if what == "graphs" else None,
+                    n,
+                    end,
+                )
+            )
+            checkpoints.add(trajectory.kept[-1])
+            if what == "nothing" and n:
+                trajectory.kept[-1].state = None
+            x = end
+        sums = CotangentSums(field.dependencies, [True] * len(field.dependencies), field.stand_ins)
         with torch.no_grad():
             initial, _ = sweep(trajectory, field, sums, cotangent, False)
         by_id = {id(d): total for d, total in zip(field.dependencies, sums.results(), strict=True)}
         return initial, [by_id[id(self.w1)], by_id[id(self.w2)]]
 
 
-problems = st.builds(Problem, tableaux(), st.integers(0, 2**31), st.integers(1, 4))
+problems = st.builds(Problem, tableaux(), st.integers(0, 2**31), st.integers(1, 6))
+keeps = st.lists(st.sampled_from(["state", "stages", "graphs", "nothing"]), min_size=6, max_size=6)
 
 
-@given(problems, st.integers(0, 2**31))
-def test_it_gives_the_gradient_of_the_numerical_solution(problem: Problem, seed: int) -> None:
+@given(problems, keeps, st.integers(0, 2**31))
+def test_it_gives_the_gradient_of_the_numerical_solution_whatever_is_kept(problem, keep, seed) -> None:
     x0 = problem.x0.clone().requires_grad_()
-    outputs, _ = problem.solve(x0)
+    outputs = problem.solve(x0)
     cotangent = torch.randn(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = torch.autograd.grad(outputs, (x0, problem.w1, problem.w2), cotangent, allow_unused=True)
-    initial, parameters = problem.sweep(cotangent)
+    initial, parameters = problem.sweep(cotangent, keep)
     scale = max(float(e.norm()) for e in expected if e is not None)
     for ours, theirs in zip((initial, *parameters), expected, strict=True):
         ours, theirs = (torch.zeros(()) if g is None else g for g in (ours, theirs))
         assert (ours - theirs).norm() <= 1e-12 * max(float(theirs.norm()), 0.01 * scale)
 
 
-@given(problems, st.integers(0, 2**31))
-def test_it_conserves_the_product_of_adjoint_and_variation(problem: Problem, seed: int) -> None:
+@given(problems, keeps, st.integers(0, 2**31))
+def test_it_conserves_the_product_of_adjoint_and_variation(problem, keep, seed) -> None:
     random = torch.Generator().manual_seed(seed)
     delta, adjoint = (torch.randn(SIZE, dtype=torch.float64, generator=random) for _ in range(2))
-    outputs, delta_at_outputs = torch.autograd.functional.jvp(lambda x: problem.solve(x)[0], problem.x0, delta)
+    outputs, delta_at_outputs = torch.autograd.functional.jvp(problem.solve, problem.x0, delta)
     cotangent = torch.zeros_like(outputs)
     cotangent[-1] = adjoint
-    initial, _ = problem.sweep(cotangent)
+    initial, _ = problem.sweep(cotangent, keep)
     scale = adjoint.norm() * delta_at_outputs[-1].norm() + initial.norm() * delta.norm()
     assert abs(initial @ delta - adjoint @ delta_at_outputs[-1]) <= 1e-13 * scale
 
@@ -113,7 +147,7 @@ def test_a_stage_that_no_other_uses_leaves_nothing_undefined() -> None:
     cotangent = torch.ones(len(problem.places) + 1, SIZE, dtype=torch.float64)
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     try:
-        initial, parameters = problem.sweep(cotangent)
+        initial, parameters = problem.sweep(cotangent, ["state"] * 3)
     finally:
         torch.use_deterministic_algorithms(False)
     assert initial.isfinite().all()

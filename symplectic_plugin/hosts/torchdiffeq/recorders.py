@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _runge_kutta_step
 
+from ...checkpoints import Checkpoints, Kept
 from ...randomness import GeneratorStates
 from ...replay import Times
-from ...trajectory import Step, Trajectory
-from ...vector_field import VectorField
+from ...trajectory import Step, TakeStep, Trajectory
+from ...vector_field import Evaluation, Keywords, VectorField
 from .methods import hands_on_slope, read_dense_output, read_method
 
 
@@ -38,18 +41,28 @@ class RecordedField:
         self.field = field
         self.func = func
         self.initial = initial
-        self.discover = False
+        self.on_discovery: Callable[[Evaluation], None] | None = None
+        self.want_time = False
         self.evaluated_after_jump = False
         # Where the generators were, if f draws: before the first evaluation of this step, before the latest one, and
         # before the one outside of a step that gave its first slope.
         self.draws: GeneratorStates | None = None
         self.last_draw: GeneratorStates | None = None
         self.first_draw: GeneratorStates | None = None
+        # The evaluation with a graph that gave the solve's first slope; those of this step, how many it will make, and
+        # whether their graphs are to be kept.
+        self.first: Evaluation | None = None
+        self.stages: list[Tensor] = []
+        self.graphs: list[Evaluation | None] = []
+        self.expected = 0
+        self.with_graphs = False
 
-    def begin_step(self) -> None:
+    def begin_step(self, evaluations: int, with_graphs: bool) -> None:
         """Forget what was noted of the evaluations before."""
         self.evaluated_after_jump = False
         self.draws = None
+        self.stages, self.graphs = [], []
+        self.expected, self.with_graphs = evaluations, with_graphs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.func, name)  # the callbacks
@@ -58,16 +71,35 @@ class RecordedField:
         keywords = {} if perturb is Perturb.NONE else {"perturb": perturb}
         if perturb is Perturb.NEXT:
             self.evaluated_after_jump = True
-        if not self.discover:
-            if self.field.draws:
-                self.last_draw = self.field.generators.states()
+        field = self.field
+        field.report.evaluations += 1
+        in_step = len(self.stages) < self.expected
+        evaluation: Evaluation | None = None
+        if self.on_discovery is not None:
+            slope, evaluation = self._discover(t, y, keywords)
+            self.first = None if in_step else evaluation
+        else:
+            if field.draws:
+                self.last_draw = field.generators.states()
                 self.draws = self.draws or self.last_draw
-            return self.field(t, y, keywords)
-        self.discover = False
+            if in_step and self.with_graphs:
+                evaluation = field.differentiable(t, y, keywords, self.want_time)
+                slope = evaluation.slope.detach()
+            else:
+                slope = field(t, y, keywords)
+        if in_step:
+            self.stages.append(y)
+            self.graphs.append(evaluation)
+        return slope
+
+    def _discover(self, t: Tensor, y: Tensor, keywords: Keywords) -> tuple[Tensor, Evaluation | None]:
+        assert self.on_discovery is not None
+        begin, self.on_discovery = self.on_discovery, None
         before = self.field.generators.states()
-        slope = self.field.discover(t, y, keywords)
+        evaluation = self.field.discover(t, y, keywords, self.want_time)
         if self.field.draws:
             self.first_draw = self.last_draw = self.draws = before
+        slope = getattr(evaluation, "slope", evaluation)
         if not isinstance(slope, Tensor) or slope.shape != y.shape:
             got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
             raise ValueError(
@@ -78,7 +110,8 @@ class RecordedField:
                 f"symplectic_adjoint: func returned {slope.dtype} for a state of {y.dtype}: return the state's dtype, "
                 "or give y0 in the wider one"
             )
-        return slope
+        begin(evaluation)
+        return slope.detach(), None if self.field.stand_ins else evaluation
 
 
 @dataclass(frozen=True)
@@ -97,8 +130,9 @@ class StageTimes:
     dtype: torch.dtype
     device: torch.device
 
-    def __call__(self, step: Step) -> Tensor:
-        t0, t1, h = torch.tensor([step.t0, step.t1, step.h], dtype=self.solver_dtype).to(self.dtype)
+    def __call__(self, steps: Sequence[Step]) -> Tensor:
+        numbers = [(step.t0, step.t1, step.h) for step in steps]
+        t0, t1, h = torch.tensor(numbers, dtype=self.solver_dtype).to(self.dtype).T[:, :, None]
         # As torchdiffeq does, so that a stage at the step's end is at t1 to the last bit.
         return torch.where(self.c == 1, t1, t0 + self.c.to(self.dtype) * h).to(self.device)
 
@@ -106,14 +140,38 @@ class StageTimes:
 class _Recorder:
     """What the recorders of both families share."""
 
+    base: Any
     trajectory: Trajectory | None = None
+    checkpoints: Checkpoints
     func: RecordedField
     y0: Tensor
-    end_state: Callable[[], Tensor]
-    """The state at the end of the last step."""
 
-    def record(self, solver_dtype: torch.dtype, stage_dtype: torch.dtype) -> None:
+    def step_alone(self, dtype: torch.dtype) -> TakeStep:
+        """The host's step, taken by itself.
+
+        Args:
+            dtype: in which the solver keeps time.
+        """
+        raise NotImplementedError
+
+    def end_state(self) -> Tensor:
+        """The state at the end of the last step."""
+        raise NotImplementedError
+
+    def read_times(self) -> None:
+        """Have the steps' times as numbers."""
+        raise NotImplementedError
+
+    def record(
+        self, solver_dtype: torch.dtype, stage_dtype: torch.dtype, outputs: int, steps: int | None = None
+    ) -> None:
         """Begin to note steps.
+
+        Args:
+            solver_dtype: in which the solver keeps time.
+            stage_dtype: in which it computes the times of stages.
+            outputs: how many output times there are.
+            steps: how many steps there will be, if that is known.
 
         Raises:
             ValueError: if the method is not an explicit Runge-Kutta method.
@@ -122,19 +180,58 @@ class _Recorder:
         dense = read_dense_output(self, tableau)
         c = tableau.with_end_stage().c if dense.end_stage else tableau.c
         stage_times = StageTimes(c, solver_dtype, stage_dtype, self.y0.device)
-        self.trajectory = Trajectory(tableau, hands_on_slope(self), keywords, dense, stage_times)
-        self.func.discover = True
+        handed_on, checkpoints, field = hands_on_slope(self), self.checkpoints, self.func.field
+        self.trajectory = Trajectory(
+            tableau, handed_on, keywords, dense, stage_times, self.step_alone(solver_dtype), checkpoints
+        )
+        self._evaluations = tableau.stages - (1 if handed_on else 0)
+        self._planned = steps
+
+        slope_kept = handed_on and not tableau.first_same_as_last
+
+        def begin(evaluation: Evaluation) -> None:
+            checkpoints.measure(
+                field, evaluation, self.y0, tableau.stages, slope_kept or (handed_on and field.draws), outputs, steps
+            )
+            self.func.with_graphs = self._wants_graphs()
+
+        self.func.on_discovery = begin
+
+    def _wants_graphs(self) -> bool:
+        assert self.trajectory is not None
+        remaining = 0 if self._planned is None else self._planned - len(self.trajectory.steps) - 1
+        return self.checkpoints.wants_graphs(self._evaluations, remaining)
+
+    def begin_step(self) -> None:
+        """Begin a step, or another attempt at it."""
+        if self.trajectory is not None:
+            self.func.begin_step(self._evaluations, self._wants_graphs())
 
     def note(self, step: Step, state: Tensor, slope: Tensor | None) -> None:
-        """Add an accepted step to the trajectory."""
-        assert self.trajectory is not None
-        self.trajectory.steps.append(step)
-        self.trajectory.states.append(state)
-        self.trajectory.slopes.append(slope)
+        """Add an accepted step to the trajectory, with the state at its start and, if it has to be kept, the slope."""
+        trajectory, checkpoints, func = self.trajectory, self.checkpoints, self.func
+        assert trajectory is not None
+        stages: list[Tensor] | None = None
+        graphs: list[Evaluation | None] | None = None
+        size = 0
+        if func.with_graphs:
+            graphs = func.graphs
+            if trajectory.hands_on_slope:  # the first was evaluated before
+                graphs = [None if step.slope_handed_on else func.first, *graphs]
+            size = sum(checkpoints.size_of(func.field, graph) for graph in graphs if graph is not None)
+        elif checkpoints.wants_stages():
+            stages = [stage.reshape(-1) for stage in func.stages[0 if trajectory.hands_on_slope else 1 :]]
+        func.first, func.stages, func.graphs = None, [], []
+        previous = trajectory.kept[-1] if trajectory.kept else None
+        kept = Kept(previous, state, slope, stages, graphs, len(trajectory.kept))
+        trajectory.steps.append(step)
+        trajectory.kept.append(kept)
+        checkpoints.add(kept, size)
 
     def places(self, times: Tensor) -> list[tuple[int, float]]:
         """The step that each output after the first is made from, the first one to reach it, and its place there."""
         assert self.trajectory is not None
+        self.read_times()
         steps = self.trajectory.steps
         ends = [step.t1 for step in steps]
         in_step = [bisect.bisect_left(ends, t) for t in times.tolist()[1:]]
@@ -149,6 +246,7 @@ class _Recorder:
     def place_of_event(self, t: Tensor) -> list[tuple[int, float]]:
         """The place of an event, which is in the last step, or at the start (step -1)."""
         assert self.trajectory is not None
+        self.read_times()
         n = len(self.trajectory.steps) - 1
         return self._thetas([n], t.reshape(1)) if n >= 0 else [(-1, 0.0)]
 
@@ -164,9 +262,12 @@ class _Recorder:
         trajectory, self.trajectory = self.trajectory, None
         assert trajectory is not None
         trajectory.outputs = places
-        if trajectory.steps:
-            trajectory.states.append(self.end_state())
-            trajectory.ends = True
+        if trajectory.kept:
+            trajectory.kept[-1].end = self.end_state()
+        report, checkpoints = self.func.field.report, self.checkpoints
+        report.accepted = len(trajectory.steps)
+        report.checkpoint_bytes, report.graph_bytes = checkpoints.most_states, checkpoints.most_graphs
+        report.budget_bytes, report.kept = checkpoints.budget, checkpoints.chosen()
         return trajectory
 
 
@@ -179,10 +280,12 @@ class Adaptive(_Recorder):
     max_step: Tensor
     step_t: Tensor
     jump_t: Tensor
+    tableau: Any
 
-    def begin(self, t: Tensor) -> StartingTime:
-        """Begin to note the steps of a solve over the times t."""
-        self.record(self.dtype, self.y0.abs().dtype)
+    def begin(self, t: Tensor, recorded: bool) -> StartingTime:
+        """Begin a solve over the times t, and to note its steps if they are to be recorded."""
+        if recorded:
+            self.record(self.dtype, self.y0.abs().dtype, max(2, t.numel()))
         self._slope_handed_on = False
         self._first_keywords: Mapping[str, Any] = {}
         self._times = StartingTime(t)
@@ -196,38 +299,56 @@ class Adaptive(_Recorder):
         """The state at the end of the last step."""
         return self.rk_state.y1
 
+    def step_alone(self, dtype: torch.dtype) -> TakeStep:
+        """torchdiffeq's step without its step control."""
+        tableau, device = self.tableau, self.y0.device
+
+        def take_step(f: Any, step: Step, state: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
+            t0, t1, h = torch.tensor([step.t0, step.t1, step.h], dtype=dtype).to(device)
+            end, last_slope, *_ = _runge_kutta_step(f, state, slope, t0, h, t1, tableau=tableau)
+            return end, last_slope.clone()  # it is a view of all slopes
+
+        return take_step
+
     def _adaptive_step(self, rk_state: Any) -> Any:
-        self.func.begin_step()
+        self.begin_step()
         new = super()._adaptive_step(rk_state)  # type: ignore[misc]
-        if self.trajectory is not None and new.t1 is not rk_state.t1:
-            if (len(self.step_t) or len(self.jump_t)) and self._accepted_size != self._proposed_size(rk_state.dt):
-                self._times.cut_steps.append(len(self.trajectory.steps))
-            # Else it can be evaluated again from the state: but not where f drew numbers for it two steps ago.
-            slope_needed = self._slope_handed_on and (
-                not self.trajectory.tableau.first_same_as_last or self.func.draws is not None
-            )
-            self.note(
-                Step(
-                    float(rk_state.t1),
-                    float(new.t1),
-                    float(self._accepted_size),
-                    self._slope_handed_on,
-                    self._first_keywords,
-                    None if self._slope_handed_on else self.func.first_draw,
-                    self.func.draws,
-                ),
-                rk_state.y1,
-                rk_state.f1.clone() if slope_needed else None,  # a copy: it is a view of all slopes of its step
-            )
-            # After a jump the host evaluates the slope anew, on the other side.
-            self._slope_handed_on = not self.func.evaluated_after_jump
-            self.func.first_draw = self.func.last_draw
-            self._first_keywords = self.trajectory.keywords[-1] if self._slope_handed_on else {"perturb": Perturb.NEXT}
+        if self.trajectory is None:
+            return new
+        if new.t1 is rk_state.t1:
+            self.func.field.report.rejected += 1
+            return new
+        if (len(self.step_t) or len(self.jump_t)) and self._accepted_size != self._proposed_size(rk_state.dt):
+            self._times.cut_steps.append(len(self.trajectory.steps))
+        # Else it can be evaluated again from the state: but not where f drew numbers for it two steps ago.
+        slope_needed = self._slope_handed_on and (
+            not self.trajectory.tableau.first_same_as_last or self.func.draws is not None
+        )
+        # On other devices they are read back when the solve is done, all at once.
+        number: Callable[[Any], Any] = float if self.y0.device.type == "cpu" else lambda x: x
+        self.note(
+            Step(
+                number(rk_state.t1),
+                number(new.t1),
+                number(self._accepted_size),
+                self._slope_handed_on,
+                self._first_keywords,
+                None if self._slope_handed_on else self.func.first_draw,
+                self.func.draws,
+            ),
+            rk_state.y1,
+            rk_state.f1.clone() if slope_needed else None,  # a copy: it is a view of all slopes of its step
+        )
+        # After a jump the host evaluates the slope anew, on the other side.
+        self._slope_handed_on = not self.func.evaluated_after_jump
+        self.func.first_draw = self.func.last_draw
+        self._first_keywords = self.trajectory.keywords[-1] if self._slope_handed_on else {"perturb": Perturb.NEXT}
         return new
 
     def _interp_fit(self, y0: Tensor, y1: Tensor, k: Tensor, dt: Tensor) -> Any:
-        self._accepted_size = dt  # called for accepted steps alone
-        return super()._interp_fit(y0, y1, k, dt)  # type: ignore[misc]
+        # Called for accepted steps alone, few of which have outputs inside.
+        self._accepted_size = dt
+        return _WhenNeeded(functools.partial(self.base._interp_fit, weakref.proxy(self), y0, y1, k, dt))
 
     def _proposed_size(self, dt: Tensor) -> Tensor:
         """The step size before a step_t or jump_t cuts it."""
@@ -235,23 +356,69 @@ class Adaptive(_Recorder):
             return dt
         return (dt if dt.isfinite() else self.min_step).clamp(self.min_step, self.max_step)
 
+    def read_times(self) -> None:
+        """Have the steps' times as numbers."""
+        assert self.trajectory is not None
+        steps = self.trajectory.steps
+        if steps and isinstance(steps[0].t0, Tensor):
+            numbers = torch.stack([torch.stack([step.t0, step.t1, step.h]) for step in steps]).tolist()
+            self.trajectory.steps = [
+                replace(step, t0=t0, t1=t1, h=h) for step, (t0, t1, h) in zip(steps, numbers, strict=True)
+            ]
+
+
+class _WhenNeeded(Sequence[Tensor]):
+    """A list that is made when it is looked into."""
+
+    def __init__(self, make: Callable[[], Sequence[Tensor]]) -> None:
+        self._make = make
+        self._made: Sequence[Tensor] | None = None
+
+    def _list(self) -> Sequence[Tensor]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._list()[index]
+
+    def __len__(self) -> int:
+        return len(self._list())
+
 
 class FixedGrid(_Recorder):
     """Notes the steps of torchdiffeq's fixed-grid methods."""
 
     grid_constructor: Callable[[Any, Tensor, Tensor], Tensor]
 
-    def begin(self, t: Tensor) -> GridTimes | StartingTime:
-        """Begin to note the steps of a solve over the times t, or from the only one up to an event."""
+    def begin(self, t: Tensor, recorded: bool) -> GridTimes | StartingTime:
+        """Begin a solve over the times t, or from the only one up to an event; and to note its steps, if recorded."""
         stage_dtype = self.y0.abs().dtype
+        self._grid: list[Step] | None = None
+        if not recorded:
+            return StartingTime(t)
         if t.ndim == 0:
-            self.record(stage_dtype, stage_dtype)
+            self.record(stage_dtype, stage_dtype, 2)
             return StartingTime(t)
         # The grid is built in the caller's grad mode: it may depend on t, on y0, and on whatever built it.
         grid = self.grid_constructor(self.func.func, self.func.initial, t)
         self.grid_constructor = lambda func, y0, t: grid.detach()
-        self.record(grid.dtype, grid.dtype)
+        self.record(grid.dtype, grid.dtype, len(t), len(grid) - 1)
+        assert self.trajectory is not None
+        points, sizes, keywords = grid.tolist(), grid.detach().diff().tolist(), self.trajectory.keywords[0]
+        self._grid = [Step(*times, False, keywords) for times in zip(points, points[1:], sizes, strict=False)]
         return GridTimes(t, grid)
+
+    def step_alone(self, dtype: torch.dtype) -> TakeStep:
+        """torchdiffeq's step without its loop over the grid."""
+        solver, base, device = copy.copy(self), type(self).base, self.y0.device
+        vars(solver).update(func=None, y0=None, trajectory=None, checkpoints=None)
+
+        def take_step(f: Any, step: Step, state: Tensor, slope: Tensor | None) -> tuple[Tensor, None]:
+            t0, t1, h = torch.tensor([step.t0, step.t1, step.h], dtype=dtype).to(device)
+            return state + base._step_func(solver, f, t0, h, t1, state)[0], None
+
+        return take_step
 
     def output_times(self, t: Tensor) -> Tensor:
         """Output times as the solver sees them."""
@@ -263,13 +430,19 @@ class FixedGrid(_Recorder):
         return y0 + dy
 
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
-        self.func.begin_step()
+        self.begin_step()
         result = super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
-        if self.trajectory is not None:
-            keywords = self.trajectory.keywords[0]
-            self.note(Step(float(t0), float(t1), float(dt), False, keywords, None, self.func.draws), y0, None)
+        if (trajectory := self.trajectory) is not None:
+            if self._grid is None:
+                step = Step(float(t0), float(t1), float(dt), False, trajectory.keywords[0])
+            else:
+                step = self._grid[len(trajectory.steps)]
+            self.note(step if self.func.draws is None else replace(step, draws=self.func.draws), y0, None)
             self._last = y0, result[0]
         return result
+
+    def read_times(self) -> None:
+        """Have the steps' times as numbers, as they are."""
 
 
 class StartingTime:

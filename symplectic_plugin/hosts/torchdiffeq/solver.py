@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -11,7 +13,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ...checkpoints import Checkpoints
 from ...gradient import attach
+from ...report import new_report
+from ...saved import hooks_are_active
+from ...storage import storage
 from ...vector_field import VectorField
 from ...witness import refuse_transforms
 from . import adjoint
@@ -40,6 +46,9 @@ class SymplecticAdjoint:
         y0: initial state, any shape, floating point or complex.
         rtol, atol: tolerances, for the base solver.
         solver: name of the base solver in SOLVERS; dopri5 by default, as in torchdiffeq.
+        checkpoint: what to keep for the backward pass: "auto", "stages", "steps" or "binomial".
+        memory_budget: in bytes, for the solve and its backward pass.
+        offload: where to keep states: "cpu", or a directory.
         adjoint_params: tensors that func depends on, in addition to those that are found.
         only_adjoint_params: whether no other tensor is to have a gradient.
         **options: the base solver's.
@@ -58,6 +67,9 @@ class SymplecticAdjoint:
         rtol: Any,
         atol: Any,
         solver: str | None = None,
+        checkpoint: str | None = None,
+        memory_budget: int | None = None,
+        offload: str | os.PathLike[str] | None = None,
         adjoint_params: Iterable[Tensor] = (),
         only_adjoint_params: bool = False,
         **options: Any,
@@ -69,17 +81,22 @@ class SymplecticAdjoint:
             )
         adjoint.refuse_continuous(func)
         refuse_transforms()
-        base = base_solver(self.solver or solver or "dopri5")
+        name = self.solver or solver or "dopri5"
+        base = base_solver(name)
+        checkpoints = Checkpoints(checkpoint, memory_budget, storage(offload, y0.device))
         adjoint_params = (adjoint_params,) if isinstance(adjoint_params, Tensor) else tuple(adjoint_params)
         if not all(isinstance(tensor, Tensor) for tensor in adjoint_params):
             raise TypeError("symplectic_adjoint: adjoint_params must be tensors")
-        for name, value in options.items():
-            if isinstance(value, Tensor) and value.requires_grad and name != "step_size":
-                raise ValueError(f"symplectic_adjoint: option {name!r} requires a gradient and gets none: detach it")
+        for option, value in options.items():
+            if isinstance(value, Tensor) and value.requires_grad and option != "step_size":
+                raise ValueError(f"symplectic_adjoint: option {option!r} requires a gradient and gets none: detach it")
         self.y0 = y0
-        self.field = VectorField(func, y0.device, adjoint_params, only_adjoint_params)
+        self.field = VectorField(
+            func, y0.device, new_report("torchdiffeq", name, checkpoints.policy), adjoint_params, only_adjoint_params
+        )
         self.recorded = RecordedField(self.field, func, y0)
         self.base = recording(base)(func=self.recorded, y0=y0.detach(), rtol=rtol, atol=atol, **options)
+        self.base.checkpoints = checkpoints
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
@@ -110,24 +127,38 @@ class SymplecticAdjoint:
     @_not_compiled
     def integrate(self, t: Tensor) -> Tensor:
         """The solution at the times t, shape (len(t), *y0.shape)."""
-        if not torch.is_grad_enabled():
-            return self.base.integrate(t.detach())
-        times = self.base.begin(t)
+        begin = time.perf_counter()
+        recorded = torch.is_grad_enabled()
+        times = self._begin(t)
         with torch.no_grad():
             solution = self.base.integrate(t.detach())
-        return self._attached(solution, times, self.base.places(self.base.output_times(t.detach())))
+        if recorded:
+            solution = self._attached(solution, times, self.base.places(self.base.output_times(t.detach())))
+        self.field.report.forward_seconds += time.perf_counter() - begin
+        return solution
 
     @_not_compiled
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The time of the event, a constant as in torchdiffeq, and the states at t0 and then, shape (2, *y0.shape)."""
-        if not torch.is_grad_enabled():
-            return self.base.integrate_until_event(t0.detach(), event_fn)
-        if isinstance(step_size := getattr(self.base, "step_size", None), Tensor) and step_size.requires_grad:
+        begin = time.perf_counter()
+        recorded = torch.is_grad_enabled()
+        step_size = getattr(self.base, "step_size", None)
+        if recorded and isinstance(step_size, Tensor) and step_size.requires_grad:
             raise ValueError("symplectic_adjoint: with an event, option 'step_size' gets no gradient: detach it")
-        times = self.base.begin(t0)
+        times = self._begin(t0)
         with torch.no_grad():
             event_t, solution = self.base.integrate_until_event(t0.detach(), event_fn)
-        return event_t, self._attached(solution, times, self.base.place_of_event(event_t))
+        if recorded:
+            solution = self._attached(solution, times, self.base.place_of_event(event_t))
+        self.field.report.forward_seconds += time.perf_counter() - begin
+        return event_t, solution
+
+    def _begin(self, t: Tensor) -> StartingTime | GridTimes:
+        if hooks_are_active():
+            self.base.checkpoints.only_states()
+        times = self.base.begin(t, torch.is_grad_enabled())
+        self.recorded.want_time = any(time.requires_grad for time in times.inputs)
+        return times
 
     def _attached(self, solution: Tensor, times: StartingTime | GridTimes, places: list[tuple[int, float]]) -> Tensor:
         if self.field.left_out:

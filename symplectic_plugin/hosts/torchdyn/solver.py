@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +21,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
+from ...checkpoints import Checkpoints, Kept
 from ...randomness import Generators, GeneratorStates
+from ...report import new_report
+from ...saved import hooks_are_active
 from ...step_gradient import attach_step
+from ...storage import storage
 from ...tableau import ButcherTableau, read_rounded_tableau
-from ...trajectory import NoOutputs, Step, Trajectory
-from ...vector_field import VectorField
+from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
+from ...vector_field import Evaluation, VectorField
 from ...witness import refuse_transforms
 from . import step_sizes
 from .methods import is_torchdyns, step_function, tableau_of
@@ -34,13 +41,29 @@ _NAME = "symplectic_adjoint"
 class SymplecticAdjoint:
     """What torchdyn's SOLVER_DICT holds as "symplectic_adjoint": tsit5, `NeuralODE`'s default, with an exact gradient.
 
-    As torchdyn's own solver classes it is called with a dtype, and gives a solver: `str_to_solver(name, dtype)`.
+    As torchdyn's own solver classes it is called with a dtype, and gives a solver: `str_to_solver(name, dtype)`. To be
+    given options, it is called by oneself: `SOLVER_DICT["symplectic_adjoint:dopri5"](checkpoint="steps")`.
+
+    Args:
+        dtype: of the state.
+        checkpoint, memory_budget, offload, adjoint_params: as for torchdiffeq.
     """
 
     solver: ClassVar[str] = "tsit5"
 
-    def __new__(cls, dtype: torch.dtype = torch.float32) -> Any:
-        return with_adjoint(SOLVER_DICT[cls.solver](dtype))
+    def __new__(
+        cls,
+        dtype: torch.dtype = torch.float32,
+        *,
+        checkpoint: str | None = None,
+        memory_budget: int | None = None,
+        offload: str | os.PathLike[str] | None = None,
+        adjoint_params: Iterable[Tensor] = (),
+    ) -> Any:
+        result = with_adjoint(SOLVER_DICT[cls.solver](dtype), adjoint_params)
+        Checkpoints(checkpoint, memory_budget)  # refuses what is no policy or no budget
+        result.checkpoint, result.memory_budget, result.offload = checkpoint, memory_budget, offload
+        return result
 
     @classmethod
     def variants(cls, name: str, registry: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +128,9 @@ def _adjoint_class(base: Any) -> type:
 
 
 def _restored(base: Any) -> Any:
-    return base.__new__(_adjoint_class(base))
+    result = base.__new__(_adjoint_class(base))
+    result.__dict__["solve"] = _Solve()
+    return result
 
 
 class _AdjointSteps:
@@ -113,6 +138,9 @@ class _AdjointSteps:
 
     base: ClassVar[Any]
     params: tuple[Tensor, ...] = ()
+    checkpoint: str | None = None
+    memory_budget: int | None = None
+    offload: str | os.PathLike[str] | None = None
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
@@ -136,7 +164,7 @@ class _AdjointSteps:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, and a solve is nothing to keep.
         state = {name: value for name, value in self.__dict__.items() if name != "solve"}
-        return _restored, (self.base,), {**state, "solve": _Solve()}
+        return _restored, (self.base,), state
 
     def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None) -> Any:
         """torchdyn's step, with a gradient for the state, the time and size, the slope handed on, and all f depends on.
@@ -162,9 +190,12 @@ class _AdjointSteps:
         assert solve.field is not None
         assert solve.tableau is not None
         refuse_transforms()
-        field, evaluate = solve.field, _Evaluations(solve, self.loss is not None)
+        field, with_loss = solve.field, self.loss is not None
+        wants_graphs = not with_loss and solve.checkpoints.wants_graphs(solve.tableau.stages)
+        evaluate = _Evaluations(solve, with_loss, wants_graphs, t.requires_grad or dt.requires_grad)
+        given = None if k1 is None else k1.detach()
+        begin = time.perf_counter()
         with torch.no_grad():
-            given = None if k1 is None else k1.detach()
             _, end, error, *more = super().step(  # type: ignore[misc]
                 evaluate, x.detach(), t.detach(), dt.detach(), k1=given, args=args
             )
@@ -179,20 +210,60 @@ class _AdjointSteps:
         tableau = solve.tableau
         if not t.dtype == dt.dtype == x.abs().dtype:
             tableau = read_rounded_tableau(step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
-        stage_times = _StageTimes(tableau.c.tolist(), t.shape, torch.promote_types(t.dtype, dt.dtype), t.device)
-        outputs = NoOutputs(tableau.stages)
-        trajectory = Trajectory(tableau, not fresh, [{}] * tableau.stages, outputs, stage_times, steps=[step])
+        stage_times = _StageTimes(tableau.c, t.shape, torch.promote_types(t.dtype, dt.dtype), t.device)
+        trajectory = Trajectory(
+            tableau, not fresh, [{}] * tableau.stages, NoOutputs(tableau.stages), stage_times,
+            solve.step_alone(t.detach(), dt.detach(), args), solve.checkpoints, steps=[step],
+        )  # fmt: skip
+        kept = self._kept(solve, evaluate, trajectory, x, None if recomputed else k1, k1 is not None, end)
+        trajectory = replace(trajectory, kept=[kept])
         stages = more[0] if more else ()
         evaluated = {i: stage for i, stage in enumerate(stages) if i > 0 or k1 is None}
-        end, slopes = attach_step(
-            end, evaluated, trajectory, field, x, (t, dt), None if fresh else k1, not recomputed, self.loss is not None
-        )
+        end, slopes = attach_step(end, evaluated, trajectory, field, x, (t, dt), None if fresh else k1, with_loss)
+        end.symplectic_adjoint_step = weakref.ref(kept)  # type: ignore[attr-defined]
+        solve.note(time.perf_counter() - begin)
         if not more:
             return None, end, error
         stages = tuple(slopes.get(i, k1) for i in range(len(stages)))
         if tableau.first_same_as_last:
             stages[-1].symplectic_adjoint_state = weakref.ref(end)
         return stages[-1], end, error, stages
+
+    def _kept(
+        self,
+        solve: _Solve,
+        evaluate: _Evaluations,
+        trajectory: Trajectory,
+        x: Tensor,
+        slope: Tensor | None,
+        given: bool,
+        end: Tensor,
+    ) -> Kept:
+        """What is kept of a step.
+
+        Args:
+            x: the state at its start.
+            slope: the slope there, if it has to be kept.
+            given: whether that was not evaluated in the step.
+            end: the state at its end, without a graph.
+        """
+        checkpoints, field = solve.checkpoints, solve.field
+        assert field is not None
+        previous = None if self.loss is not None else getattr(x, "symplectic_adjoint_step", lambda: None)()
+        stages: list[Tensor] | None = None
+        graphs: list[Evaluation | None] | None = None
+        size = 0
+        if evaluate.graphs is not None:
+            graphs = [None, *evaluate.graphs] if given else list(evaluate.graphs)
+            if None in graphs[1:]:
+                graphs = None
+            else:
+                size = sum(checkpoints.size_of(field, graph) for graph in graphs if graph is not None)
+        if graphs is None and self.loss is None and checkpoints.wants_stages():
+            stages = [stage.reshape(-1) for stage in evaluate.stages[0 if given else 1 :]]
+        kept = Kept(previous, x, slope, stages, graphs, trajectory, end)
+        checkpoints.add(kept, size)
+        return kept
 
     def _recomputed_step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
         """A step that is not a Runge-Kutta step: its graph is made again when its turn comes."""
@@ -222,11 +293,14 @@ class _Solve:
     """What is known of the solve that a solver is taking steps of."""
 
     def __init__(self) -> None:
+        self.reported: Any = None
         self.function: Any = None
         self.field: VectorField | None = None
         self.tableau: ButcherTableau | None = None
         self.discovered = False
         self.may_draw = True
+        self.checkpoints = Checkpoints()
+        self._stepper: Any = None
         self._slope_at_start: tuple[Any, Any] | None = None
 
     def enter(self, solver: Any, f: Any, x: Any) -> None:
@@ -236,7 +310,34 @@ class _Solve:
         self.discovered = False
         if self.tableau is not None and isinstance(x, Tensor):
             function = f if solver.loss is None else _WithLoss(f, solver.loss, x.shape)
-            self.field = VectorField(function, x.device, solver.params)
+            self.checkpoints = Checkpoints(solver.checkpoint, solver.memory_budget, storage(solver.offload, x.device))
+            if hooks_are_active():
+                self.checkpoints.only_states()
+            self.reported = new_report("torchdyn", solver.base.__name__, self.checkpoints.policy)
+            self.field = VectorField(function, x.device, self.reported, solver.params)
+            self._stepper = copy.copy(solver)
+            self._stepper.__class__ = solver.base
+            self._stepper.__dict__.pop("solve")
+
+    def step_alone(self, t: Tensor, dt: Tensor, args: Any) -> TakeStep:
+        """The step from t of size dt, taken by torchdyn's own solver."""
+        stepper = self._stepper
+
+        def take_step(
+            f: Callable[..., Tensor], _: Step, state: Tensor, slope: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
+            _, end, _, *more = stepper.step(f, state, t, dt, k1=slope, args=args)
+            return end, more[0][-1] if more else None
+
+        return take_step
+
+    def note(self, seconds: float) -> None:
+        """Take note of a step in the report."""
+        report, checkpoints = self.reported, self.checkpoints
+        report.accepted += 1
+        report.forward_seconds += seconds
+        report.checkpoint_bytes, report.graph_bytes = checkpoints.most_states, checkpoints.most_graphs
+        report.budget_bytes = checkpoints.budget
 
     def note_slope_at_start(self, slope: Tensor, state: Tensor) -> None:
         """Take note of a slope that was evaluated at a state, and will be handed to the step from there."""
@@ -264,43 +365,67 @@ class _WithLoss:
 
 
 class _Evaluations:
-    """The vector field as a step calls it: without graphs, but for the one that shows what it depends on."""
+    """The vector field as a step calls it: without graphs, but for those that are kept or show what it depends on."""
 
-    def __init__(self, solve: _Solve, with_loss: bool) -> None:
+    def __init__(self, solve: _Solve, with_loss: bool, with_graphs: bool, want_time: bool) -> None:
         self.solve = solve
         self.with_loss = with_loss
+        self.want_time = want_time
         self.draws: GeneratorStates | None = None
+        self.stages: list[Tensor] = []
+        self.graphs: list[Evaluation | None] | None = [] if with_graphs else None
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         field = self.solve.field
         assert field is not None
+        field.report.evaluations += 1
         argument = torch.cat([x.reshape(-1), x.new_zeros(1)]) if self.with_loss else x
-        if self.solve.discovered:
+        evaluation: Evaluation | None = None
+        if not self.solve.discovered:
+            slope, evaluation = self._discover(field, t, x, argument)
+        else:
             if field.draws and self.draws is None:
                 self.draws = field.generators.states()
-            slope = field(t, argument, {})
-        else:
-            before = field.generators.states()
-            slope = field.discover(t, argument, {})
-            self.draws = before if field.draws else None
-            self.solve.discovered = True
-            if not isinstance(slope, Tensor) or slope.shape != argument.shape:
-                got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-                raise ValueError(
-                    f"{_NAME}: the vector field must return a tensor of the state's shape {tuple(x.shape)}, got {got}"
-                )
+            if self.graphs is None:
+                slope = field(t, argument, {})
+            else:
+                evaluation = field.differentiable(t, argument, {}, self.want_time)
+                slope = evaluation.slope.detach()
+        self.stages.append(x)
+        if self.graphs is not None:
+            self.graphs.append(evaluation)
         return slope[:-1].view(x.shape) if self.with_loss else slope
+
+    def _discover(self, field: VectorField, t: Tensor, x: Tensor, argument: Tensor) -> tuple[Tensor, Evaluation | None]:
+        """Evaluate f for the first time in a solve."""
+        solve = self.solve
+        before = field.generators.states()
+        evaluation = field.discover(t, argument, {}, self.want_time)
+        self.draws = before if field.draws else None
+        solve.discovered = True
+        slope = getattr(evaluation, "slope", evaluation)
+        if not isinstance(slope, Tensor) or slope.shape != argument.shape:
+            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+            raise ValueError(
+                f"{_NAME}: the vector field must return a tensor of the state's shape {tuple(x.shape)}, got {got}"
+            )
+        assert solve.tableau is not None
+        solve.checkpoints.measure(field, evaluation, argument, solve.tableau.stages, field.draws, outputs=2)
+        if field.stand_ins or not solve.checkpoints.wants_graphs(solve.tableau.stages):
+            self.graphs = None
+        return slope.detach(), evaluation
 
 
 class _StageTimes:
     """The times that torchdyn hands to f in a step."""
 
-    def __init__(self, c: list[float], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, c: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         self.c = c
         self.shape = shape
         self.dtype = dtype
         self.device = device
 
-    def __call__(self, step: Step) -> list[Tensor]:
-        start = torch.full(self.shape, step.t0, dtype=self.dtype, device=self.device)
-        return [start + c * step.h for c in self.c]
+    def __call__(self, steps: Sequence[Step]) -> Tensor:
+        (step,) = steps
+        times = torch.tensor(step.t0, dtype=self.dtype) + (self.c * step.h).to(self.dtype)
+        return times.view(1, -1, *[1] * len(self.shape)).expand(1, -1, *self.shape).to(self.device)

@@ -1,0 +1,318 @@
+"""The memory dial: every policy and every budget gives the same gradient, within its budget."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+import torchdiffeq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import symplectic_plugin
+from benchmarks.peak_memory import peak_bytes
+from symplectic_plugin.checkpoints import POLICIES
+
+from .fields import ADAPTIVE, FIXED, MLP, Outcome, errors
+
+FLAG = "symplectic_adjoint"
+
+
+def network(size: int = 8, hidden: int = 64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(size, hidden), nn.Tanh(), nn.Linear(hidden, size))
+
+
+def least_budget(solve) -> int:
+    """What the error says that it is."""
+    with pytest.raises(ValueError, match="needs at least") as error:
+        solve(1)
+    return int(str(error.value).split("needs at least ")[1].split()[0])
+
+
+class TestSameGradient:
+    @pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+    @settings(max_examples=10)
+    @given(
+        st.sampled_from(POLICIES),
+        st.one_of(st.none(), st.floats(1.0, 4.0)),
+        st.integers(2, 6),
+        st.integers(0, 2**31),
+        st.booleans(),
+        st.booleans(),
+    )
+    def test_whatever_is_kept(self, method, policy, budget, outputs, seed, dropout, offload) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        field = MLP(3, 8, generator)
+        y0 = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+        t = torch.linspace(0, 1, outputs, dtype=torch.float64)
+        options = {"first_step": 0.3} if method in ADAPTIVE else {"step_size": 1 / 23}
+        if dropout:
+            # As a rule of the mask, so that steps can be rejected.
+            field.register_forward_hook(lambda _, args, slope: slope * (1 + 0.01 * torch.rand_like(slope)))
+        solve = {"rtol": 1e-2, "atol": 1e-2}
+
+        def outcome(flag: str, **keep) -> Outcome:
+            torch.manual_seed(seed)
+            return Outcome(field, y0, t, method=flag + method, options=options | keep, **solve)
+
+        keep = {"checkpoint": policy}
+        if budget is not None:
+            outcome_of = lambda b: outcome(f"{FLAG}:", checkpoint=policy, memory_budget=b)  # noqa: E731
+            enough = least_budget(outcome_of) + (100_000 if policy in ("steps", "stages") else 0)
+            keep["memory_budget"] = int(budget * enough)
+        if offload:
+            keep["offload"] = "cpu"
+        found = errors(outcome(f"{FLAG}:", **keep), outcome(""))
+        found.pop("t")  # its rounding is the reference's: see test_torchdiffeq_gradients
+        assert max(found.values()) <= 1e-12, found
+
+    def test_states_had_again_are_the_same_to_the_last_bit(self) -> None:
+        field, y0 = network(3, 8).double(), torch.randn(2, 3, dtype=torch.float64)
+        for method, options in (
+            ("dopri5", {"max_step": 1e-2}),
+            ("adaptive_heun", {"max_step": 1e-2}),
+            ("rk4", {"step_size": 1e-2}),
+        ):
+            seen: dict[str, list[Tensor]] = {}
+            for policy in ("steps", "binomial"):
+                states = seen[policy] = []
+                y = torchdiffeq.odeint(
+                    lambda t, y: field(y), y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:{method}",
+                    options=options | {"checkpoint": policy},
+                )  # fmt: skip
+                handle = field.register_forward_pre_hook(lambda _, args, states=states: states.append(args[0].detach()))
+                y[-1].sum().backward()
+                handle.remove()
+            last = {policy: states[-1] for policy, states in seen.items()}
+            assert torch.equal(last["steps"], last["binomial"])
+            assert {tuple(x.flatten().tolist()) for x in seen["steps"]} <= {
+                tuple(x.flatten().tolist()) for x in seen["binomial"]
+            }
+
+    def test_tuples_events_and_second_derivatives(self) -> None:
+        field = MLP(3, 8, torch.Generator().manual_seed(0))
+        y0 = torch.randn(3, dtype=torch.float64, requires_grad=True)
+        t0 = torch.zeros((), dtype=torch.float64)
+
+        def solve(policy: str | None) -> list[Tensor]:
+            method = "dopri5" if policy is None else f"{FLAG}:dopri5"
+            options = {"first_step": 0.1} if policy is None else {"first_step": 0.1, "checkpoint": policy}
+            state, time = (y0, 2 * y0[:1]), torch.linspace(0, 1, 3, dtype=torch.float64)
+            f = lambda t, y: (field(t, y[0]), -y[1] * y[0][:1])  # noqa: E731
+            pair = torchdiffeq.odeint(f, state, time, method=method, options=options)
+            loss = sum((y**2).sum() for y in pair)
+            (first,) = torch.autograd.grad(loss, y0, create_graph=True)
+            second = torch.autograd.grad((first**2).sum(), (y0, field.w1))
+            event_t, y = torchdiffeq.odeint_event(
+                lambda t, y: field(t, y) + 1, y0, t0, event_fn=lambda t, y: y[0] - 1.7, method=method, options=options
+            )
+            return [first, *second, *torch.autograd.grad(event_t + y[-1].sum(), (y0, field.w1))]
+
+        expected = solve(None)
+        for policy in POLICIES:
+            for ours, theirs in zip(solve(policy), expected, strict=True):
+                assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_backward_twice(self, policy) -> None:
+        field, y0 = network(), torch.randn(4, 8)
+        y = torchdiffeq.odeint(
+            lambda t, y: field(y), y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4",
+            options={"step_size": 0.02, "checkpoint": policy},
+        )  # fmt: skip
+        weight = field[0].weight
+        first, second = (torch.autograd.grad(y.sum(), weight, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        torch.autograd.grad(y.sum(), weight)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(y.sum(), weight)
+
+
+class TestMemory:
+    BATCH = 64
+
+    def peak(
+        self, method: str, steps: int, repeat: int = 1, **options
+    ) -> tuple[int, symplectic_plugin.report.SolveReport]:
+        field, y0 = network(), torch.randn(self.BATCH, 8).requires_grad_()
+        adaptive = method in ADAPTIVE
+        # All steps as long as the first, whatever the error.
+        size = {"first_step": 1 / steps, "max_step": 1 / steps} if adaptive else {"step_size": 1 / steps}
+
+        def work() -> None:
+            y = torchdiffeq.odeint(
+                lambda t, y: field(y), y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:{method}", rtol=1e6, atol=1e6,
+                options=size | options,
+            )  # fmt: skip
+            y[-1].sum().backward()
+            y0.grad = None
+            field.zero_grad()
+
+        work()
+        with symplectic_plugin.profile() as solves:
+            peak = peak_bytes(work)
+        return peak, solves[0]
+
+    @pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun"])
+    @pytest.mark.parametrize("steps", [20, 120])
+    def test_it_is_within_the_budget_from_the_least_to_enough_for_everything(self, method, steps) -> None:
+        least = least_budget(lambda budget: self.peak(method, steps, memory_budget=budget))
+        recomputed = []
+        for factor in (1, 1.5, 5, 1000):
+            budget = int(least * factor)
+            peak, report = self.peak(method, steps, memory_budget=budget)
+            assert peak <= budget, (factor, report)
+            recomputed.append(report.recomputed)
+        assert recomputed == sorted(recomputed, reverse=True)
+        assert recomputed[0] > 0
+        assert recomputed[-1] == 0
+
+    def test_without_a_budget_a_small_solve_keeps_all_graphs_and_a_large_one_does_not(self) -> None:
+        assert self.peak("rk4", 20)[1].recomputed == 0
+        peak, report = self.peak("rk4", 500)
+        assert report.recomputed > 0
+        assert peak <= symplectic_plugin.checkpoints.DEFAULT_BUDGET
+
+    def test_growth_of_steps_and_stages(self) -> None:
+        state = self.BATCH * 8 * 4
+        for policy, most in (("steps", 1.05), ("stages", 4.05)):
+            peaks = [self.peak("rk4", steps, checkpoint=policy)[0] for steps in (50, 150)]
+            assert peaks[1] - peaks[0] <= 100 * most * state
+
+    @pytest.mark.parametrize("method", ["euler", "dopri5"])
+    def test_binomial_takes_as_much_for_many_steps_as_for_few(self, method) -> None:
+        state = self.BATCH * 8 * 4
+        (few, _), (many, report) = (self.peak(method, steps, checkpoint="binomial") for steps in (60, 300))
+        # torchdiffeq's grid of times grows, by a number a step in each of its copies.
+        assert many - few <= 240 * 4 * 4 + state
+        assert report.checkpoint_bytes <= 32 * state
+
+    def test_a_budget_that_is_too_small_is_an_error_that_says_what_is_enough(self) -> None:
+        for policy in POLICIES:
+            least = least_budget(
+                lambda budget, policy=policy: self.peak("rk4", 50, checkpoint=policy, memory_budget=budget)
+            )
+            with pytest.raises(ValueError, match="Use a larger one"):
+                self.peak("rk4", 50, checkpoint=policy, memory_budget=least - 1)
+            if policy in ("auto", "binomial"):
+                assert self.peak("rk4", 50, checkpoint=policy, memory_budget=least)[0] <= least
+
+    def test_graphs_of_another_size_than_the_first_are_counted(self) -> None:
+        field = network()
+        layers = lambda t, y: field(y) if t < 0.5 else field(field(field(field(y))))  # noqa: E731
+        y0 = torch.randn(self.BATCH, 8).requires_grad_()
+        budget = 2_000_000
+
+        def work() -> None:
+            y = torchdiffeq.odeint(
+                layers, y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4",
+                options={"step_size": 0.02, "memory_budget": budget},
+            )  # fmt: skip
+            y[-1].sum().backward()
+
+        work()
+        assert peak_bytes(work) <= budget
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "complaint"),
+        [
+            ({"checkpoint": "everything"}, "checkpoint must be one of 'auto', 'stages', 'steps', 'binomial'"),
+            ({"memory_budget": 0}, "memory_budget must be a positive number of bytes"),
+            ({"memory_budget": "1GB"}, "memory_budget must be a positive number of bytes"),
+            ({"offload": "/no/such/directory"}, 'offload must be "cpu" or a directory that exists'),
+        ],
+    )
+    def test_what_is_no_option_is_refused(self, options, complaint) -> None:
+        with pytest.raises(ValueError, match=complaint):
+            torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), torch.tensor([0.0, 1.0]), method=FLAG, options=options)
+
+
+class TestDisk:
+    def solve(self, directory, policy: str = "steps") -> tuple[Tensor, nn.Module]:
+        field = network()
+        y = torchdiffeq.odeint(
+            lambda t, y: field(y), torch.randn(4, 8), torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4",
+            options={"step_size": 0.05, "offload": directory, "checkpoint": policy},
+        )  # fmt: skip
+        return y, field
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_the_directory_is_empty_again_after_the_backward_pass(self, tmp_path, policy) -> None:
+        y, _ = self.solve(tmp_path, policy)
+        assert os.listdir(tmp_path)
+        y.sum().backward()
+        del y
+        assert not os.listdir(tmp_path)
+
+    def test_and_when_the_graph_is_dropped(self, tmp_path) -> None:
+        y, _ = self.solve(tmp_path)
+        del y
+        assert not os.listdir(tmp_path)
+
+    def test_and_after_exceptions_in_either_pass(self, tmp_path) -> None:
+        y, field = self.solve(tmp_path)
+        field.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            y.sum().backward()
+        del y
+        gc.collect()
+        assert not os.listdir(tmp_path)
+
+        def fails_late(t: Tensor, y: Tensor) -> Tensor:
+            return y / (t < 0.5).float() if t < 0.5 else 1 / 0
+
+        with pytest.raises(ZeroDivisionError):
+            torchdiffeq.odeint(
+                fails_late, torch.ones(2, requires_grad=True), torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4",
+                options={"step_size": 0.05, "offload": tmp_path},
+            )  # fmt: skip
+        gc.collect()
+        assert not os.listdir(tmp_path)
+
+
+class TestProfile:
+    def test_it_counts_what_is_done(self) -> None:
+        field, calls = network(), []
+        field.register_forward_hook(lambda *_: calls.append(1))
+        with symplectic_plugin.profile() as solves:
+            for options in ({"checkpoint": "steps"}, {}):
+                y = torchdiffeq.odeint(
+                    lambda t, y: field(y), torch.randn(4, 8), torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4",
+                    options={"step_size": 0.1, **options},
+                )  # fmt: skip
+                y.sum().backward()
+        steps, auto = solves
+        assert (steps.host, steps.method, steps.policy) == ("torchdiffeq", "rk4", "steps")
+        assert (steps.accepted, steps.evaluations, steps.vjps) == (10, 40, 40)
+        assert steps.recomputed == 70  # three to take the step again, four with a graph
+        assert (auto.evaluations, auto.recomputed, auto.vjps) == (40, 0, 40)
+        assert len(calls) == 40 + 70 + 40
+        assert steps.checkpoint_bytes == 10 * 4 * 8 * 4
+        assert steps.graph_bytes == 0 < auto.evaluation_bytes * 40 <= auto.graph_bytes <= auto.budget_bytes
+        assert min(steps.forward_seconds, steps.backward_seconds) > 0
+        lines = str(solves).splitlines()
+        assert len(lines) == 3
+        assert "states of 10 of 10 steps" in lines[1]
+        assert solves.as_dicts()[1]["policy"] == "auto"
+
+    def test_rejected_steps(self) -> None:
+        with symplectic_plugin.profile() as solves:
+            field = lambda t, y: torch.cos(30 * t) * y  # noqa: E731
+            torchdiffeq.odeint(
+                field, torch.ones(2, requires_grad=True), torch.tensor([0.0, 1.0]), method=FLAG, rtol=1e-5, atol=1e-5,
+                options={"first_step": 0.5},
+            )  # fmt: skip
+        assert solves[0].rejected > 0
+        assert solves[0].evaluations == 1 + 6 * (solves[0].accepted + solves[0].rejected)
+
+    def test_solves_outside_are_not_reported(self) -> None:
+        with symplectic_plugin.profile() as solves:
+            pass
+        torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), torch.tensor([0.0, 1.0]), method=FLAG)
+        assert len(solves) == 0

@@ -1,0 +1,409 @@
+"""What is kept of a solve for its backward pass, and how the rest is got back: the memory dial.
+
+A step can be kept as the state at its start; as the states of its stages too, so that they need not be evaluated again;
+or as the graphs of their evaluations, so that nothing has to be. Per byte, stages save more work than graphs. And where
+even the states of all steps are too much, some are dropped and had again by taking steps from the one before
+(binomial.py).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .binomial import positions, reversed_states
+from .storage import DeviceMemory, Storage
+from .vector_field import Evaluation, VectorField
+
+POLICIES = ("auto", "stages", "steps", "binomial")
+
+DEFAULT_POLICY = "auto"
+
+DEFAULT_BUDGET = 32 * 2**20
+"""In bytes: what a solve may take, if not told otherwise, even where it could do with much less."""
+
+SNAPSHOTS = 32
+"""How many states the policy "binomial" keeps, if not told otherwise."""
+
+_FEWEST = 3
+"""With fewer states than this, the time grows beyond measure."""
+
+Advance = Callable[["Kept", Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Takes a step again, without graphs: from the state and, where it was handed on, the slope at its start to those at
+its end."""
+
+
+class Kept:
+    """What is kept of one step.
+
+    Args:
+        previous: the step that ends where this one starts, if it can be had by taking that one again.
+        state: the state at its start.
+        slope: the slope there, if it was handed on and can't be evaluated again.
+        stages: the states of its stages, flat, the first of them left out.
+        graphs: the evaluations of f at its stages, None for one that is not there.
+        step: whatever `Advance` knows the step by.
+        end: the state at its end, as long as no step follows that keeps it.
+
+    Attributes:
+        index: how many steps lead here from one that has no `previous`.
+    """
+
+    __slots__ = (
+        "__weakref__", "_checkpoints", "end", "graphs", "graphs_size", "index", "previous", "size", "slope", "stages",
+        "stages_size", "state", "step",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        previous: Kept | None,
+        state: Tensor,
+        slope: Tensor | None,
+        stages: list[Tensor] | None,
+        graphs: list[Evaluation | None] | None,
+        step: Any = None,
+        end: Tensor | None = None,
+    ) -> None:
+        self.previous = previous
+        self.end = end
+        if previous is not None:
+            previous.end = None
+        self.index: int = 0 if previous is None else previous.index + 1
+        self.state: Any = state
+        self.slope: Any = slope
+        self.stages = stages
+        self.graphs = graphs
+        self.step = step
+        self.size = self.stages_size = self.graphs_size = 0
+        self._checkpoints: weakref.ref[Checkpoints] | None = None
+
+    def __del__(self) -> None:
+        if self._checkpoints is not None and (checkpoints := self._checkpoints()) is not None:
+            checkpoints.release(self)
+
+
+class Checkpoints:
+    """What is kept of the steps of one solve, within a budget.
+
+    Args:
+        policy: one of `POLICIES`, by default the first.
+        budget: in bytes, for the solve and its backward pass together. By default the larger of `DEFAULT_BUDGET` and
+            twice the least that "steps" needs, for "auto"; without limit for the others.
+        storage: where states are put.
+
+    Attributes:
+        used: bytes of what is kept on the device.
+        most_states, most_graphs: the most bytes that states (of steps and stages) and graphs took.
+
+    Raises:
+        ValueError: if there is no such policy, or the budget is no positive number of bytes.
+    """
+
+    def __init__(self, policy: str | None = None, budget: int | None = None, storage: Storage | None = None) -> None:
+        policy = DEFAULT_POLICY if policy is None else policy
+        if policy not in POLICIES:
+            raise ValueError(
+                f"symplectic_adjoint: checkpoint must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}"
+            )
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0):
+            raise ValueError(f"symplectic_adjoint: memory_budget must be a positive number of bytes, got {budget!r}")
+        self.policy = policy
+        self.storage = storage or DeviceMemory()
+        self._me = weakref.ref(self)
+        self.used = self.most_states = self.most_graphs = 0
+        self.working = self.evaluation = self._state = self._nodes = 0
+        self._states_alone = policy == "steps"
+        self._budget = budget
+        self._graph_bytes = self._state_bytes = 0
+        self._states = 0
+        self._keeps_slope = True
+        self._spacing = 1
+        self._positions: set[int] | None = None
+        self._kept: list[weakref.ref[Kept]] = []
+        self._with_graphs: deque[weakref.ref[Kept]] = deque()
+        self._with_stages: deque[weakref.ref[Kept]] = deque()
+        self._reversal: tuple[list[Kept], Iterator[Any]] | None = None
+        self._last: tuple[Kept | None, Tensor] | None = None
+
+    def only_states(self) -> None:
+        """Keep the states of steps alone, on the device: somebody's hooks are to have them."""
+        self._states_alone = True
+        self.storage = DeviceMemory()
+
+    def measure(
+        self,
+        field: VectorField,
+        evaluation: Evaluation,
+        state: Tensor,
+        stages: int,
+        keeps_slope: bool,
+        outputs: int,
+        steps: int | None = None,
+    ) -> None:
+        """Find out from the first evaluation of f what a solve needs.
+
+        Args:
+            field: f, with its dependencies discovered.
+            evaluation: the first one.
+            state: the initial state.
+            stages: how many a step has.
+            keeps_slope: whether a slope is kept with each state.
+            outputs: how many output times there are.
+            steps: how many steps there will be, if that is known.
+
+        Raises:
+            ValueError: if the budget is too small.
+        """
+        self._keeps_slope = keeps_slope
+        size, sizes = _bytes(state), field.memory_of(evaluation)
+        gradients = sum(x.numel() * max(4, x.element_size()) for x in field.dependencies)
+        # Beside a graph: what its backward pass makes; the sums of gradients, and those to be added; the slopes of a
+        # step, and what the host makes of them; the outputs and their cotangents.
+        self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (2 * stages + 12 + 2 * outputs) * size
+        self.evaluation, self._nodes = sum(sizes) + size, evaluation.nodes
+        self._state = size * (2 if keeps_slope else 1) if self.storage.on_device else 0
+        field.report.evaluation_bytes = sum(sizes)
+        if self._budget is not None and self._room() < self._least(steps) * self._state:
+            self._refuse(self.working + self._least(steps) * self._state)
+        if steps is None or self._state == 0:
+            return
+        if self.policy == "binomial" or (self._budget is not None and self.policy == "auto"):
+            snapshots = self._snapshots()
+            if steps > snapshots:
+                self._positions = positions(steps, snapshots)
+
+    def size_of(self, field: VectorField, evaluation: Evaluation) -> int:
+        """The bytes that an evaluation keeps. With as many nodes as the first it is taken to be as large."""
+        return self.evaluation if evaluation.nodes == self._nodes else sum(field.memory_of(evaluation))
+
+    def wants_graphs(self, evaluations: int, remaining: int = 0) -> bool:
+        """Whether there is room for the graphs of the step to come and of those that will follow it.
+
+        Args:
+            evaluations: how many a step makes.
+            remaining: how many steps follow, as far as that is known.
+        """
+        if self.policy != "auto" or self._states_alone or self._is_binomial():
+            return False
+        each = evaluations * self.evaluation + self._state
+        return self.used + (remaining + 1) * each <= self._room((remaining + 1) * self._state)
+
+    def wants_stages(self) -> bool:
+        """Whether the states of stages are to be kept as far as there is room."""
+        if self._states_alone or self._is_binomial():
+            return False
+        return self.policy in ("auto", "stages")
+
+    def add(self, kept: Kept, graphs_size: int = 0) -> None:
+        """Keep a step, and drop what there is no room for.
+
+        Args:
+            kept: the step.
+            graphs_size: the bytes of its graphs.
+
+        Raises:
+            ValueError: if there is no room, and nothing that may be dropped.
+        """
+        kept._checkpoints = self._me
+        state, slope = kept.state, kept.slope
+        if kept.previous is not None and not self._takes(kept.index):
+            kept.state = kept.slope = None
+        else:
+            kept.state = self.storage.put(state)
+            kept.slope = None if slope is None else self.storage.put(slope)
+            self._states += 1
+            self._count_state(kept, _bytes(state) + (0 if slope is None else _bytes(slope)))
+        me = weakref.ref(kept)
+        self._kept.append(me)
+        if kept.graphs is not None:
+            self._count_graphs(kept, graphs_size)
+            self._with_graphs.append(me)
+        elif kept.stages is not None:
+            self._count_stages(kept, sum(map(_bytes, kept.stages)))
+            self._with_stages.append(me)
+        while self.used > self._room():
+            self._drop()
+
+    def recall(self, kept: Kept, advance: Advance) -> tuple[Tensor, Tensor | None]:
+        """The state at a step's start, and the slope if it is needed. In the reverse order of the steps."""
+        state, slope = self._recalled(kept, advance)
+        self._last = kept.previous, state
+        return state, slope
+
+    def end_of(self, kept: Kept) -> Tensor | None:
+        """The state at a step's end, if it is kept or was recalled last."""
+        if kept.end is not None:
+            return kept.end
+        if self._last is not None and self._last[0] is kept:
+            return self._last[1]
+        return None
+
+    def _recalled(self, kept: Kept, advance: Advance) -> tuple[Tensor, Tensor | None]:
+        if kept.state is not None:
+            slope = None if kept.slope is None else self.storage.get(kept.slope)
+            return self.storage.get(kept.state), slope
+        if self._reversal is None or not self._reversal[0] or self._reversal[0][-1] is not kept:
+            self._reversal = self._reversed(kept, advance)
+        segment, states = self._reversal
+        segment.pop()
+        if not segment:
+            self._reversal = None
+        return next(states)
+
+    def release(self, kept: Kept) -> None:
+        """Keep nothing of a step any more."""
+        self._drop_state(kept)
+        kept.stages = kept.graphs = kept.end = None
+        self._count_stages(kept, 0)
+        self._count_graphs(kept, 0)
+
+    def chosen(self) -> str:
+        """What is kept, in words."""
+        live = [kept for ref in self._kept if (kept := ref()) is not None]
+        if not live:
+            return "nothing"
+        graphs = sum(kept.graphs is not None for kept in live)
+        stages = sum(kept.stages is not None and kept.graphs is None for kept in live)
+        states = sum(kept.state is not None for kept in live)
+        parts = [f"states of {states}"]
+        parts += [f"stages of {stages}"] if stages else []
+        parts += [f"graphs of {graphs}"] if graphs else []
+        return f"{', '.join(parts)} of {len(live)} steps"
+
+    @property
+    def budget(self) -> float:
+        """The bytes that may be used by now."""
+        return self.working + self._room()
+
+    def _least(self, steps: int | None) -> int:
+        """How many states there must be room for."""
+        few = _FEWEST if steps is None else min(steps, _FEWEST)
+        return few if self.policy in ("auto", "binomial") else (steps or 1)
+
+    def _room(self, more_states: int = 0) -> float:
+        """The bytes that what is kept may take, when that many more have been added for states."""
+        if self._budget is not None:
+            return self._budget - self.working
+        if self.policy != "auto":
+            return float("inf")
+        least = self.working + self._state_bytes + more_states
+        return max(DEFAULT_BUDGET, 2 * least) - self.working
+
+    def _snapshots(self) -> int:
+        if self._budget is not None:
+            return max(_FEWEST, int(self._room() // self._state)) if self._state else SNAPSHOTS
+        return SNAPSHOTS
+
+    def _is_binomial(self) -> bool:
+        return self.policy == "binomial" or self._spacing > 1 or self._positions is not None
+
+    def _takes(self, index: int) -> bool:
+        """Whether the state of a step with this index is kept."""
+        if self._positions is not None:
+            return index in self._positions
+        if self.policy == "binomial" and self._states >= self._snapshots():
+            self._thin()
+        return index % self._spacing == 0
+
+    def _drop(self) -> None:
+        """Make room."""
+        if (kept := _oldest(self._with_graphs)) is not None:
+            stages = [None if graph is None else graph.leaf.detach().reshape(-1) for graph in kept.graphs or ()]
+            kept.graphs = None
+            self._count_graphs(kept, 0)
+            if self.wants_stages() and all(stage is not None for stage in stages[1:]):
+                kept.stages = [stage for stage in stages[1:] if stage is not None]
+                self._count_stages(kept, sum(map(_bytes, kept.stages)))
+                self._with_stages.append(weakref.ref(kept))
+        elif self.policy != "stages" and (kept := _oldest(self._with_stages)) is not None:
+            kept.stages = None
+            self._count_stages(kept, 0)
+        elif self.policy in ("auto", "binomial") and self._states > _FEWEST and self._thin():
+            pass
+        else:
+            self._refuse(self.working + self.used)
+
+    def _thin(self) -> bool:
+        """Drop every other state that can be had again; returns whether there was one."""
+        dropped = False
+        self._kept = [ref for ref in self._kept if ref() is not None]
+        while not dropped and self._spacing < 2 * len(self._kept):
+            self._spacing *= 2
+            for ref in self._kept:
+                kept = ref()
+                if kept is None or kept.state is None or kept.previous is None or kept.index % self._spacing == 0:
+                    continue
+                self._drop_state(kept)
+                dropped = True
+        return dropped
+
+    def _drop_state(self, kept: Kept) -> None:
+        if kept.state is not None:
+            self._states -= 1
+            kept.state = kept.slope = None
+            self._count_state(kept, 0)
+
+    def _reversed(self, kept: Kept, advance: Advance) -> tuple[list[Kept], Iterator[Any]]:
+        segment = [kept]
+        while segment[-1].state is None:
+            previous = segment[-1].previous
+            if previous is None:
+                raise RuntimeError("symplectic_adjoint: what is needed for the backward pass has been freed")
+            segment.append(previous)
+        segment.reverse()
+        stretch = list(segment)
+        states = reversed_states(
+            self._recalled(segment[0], advance),
+            len(stretch),
+            self._snapshots() - self._states + 1,
+            lambda n, pair: advance(stretch[n], *pair),
+            self._put,
+            lambda pair: tuple(None if x is None else self.storage.get(x) for x in pair),
+        )
+        return segment, states
+
+    def _put(self, pair: tuple[Tensor, Tensor | None]) -> tuple[Any, Any]:
+        """A state and a slope into storage, the slope only where it can't be evaluated again."""
+        state, slope = pair
+        return self.storage.put(state), self.storage.put(slope) if slope is not None and self._keeps_slope else None
+
+    def _count_state(self, kept: Kept, size: int) -> None:
+        size = size if self.storage.on_device else 0
+        self._state_bytes += size - kept.size
+        self.used += size - kept.size
+        kept.size = size
+        self.most_states = max(self.most_states, self.used - self._graph_bytes)
+
+    def _count_stages(self, kept: Kept, size: int) -> None:
+        self.used += size - kept.stages_size
+        kept.stages_size = size
+        self.most_states = max(self.most_states, self.used - self._graph_bytes)
+
+    def _count_graphs(self, kept: Kept, size: int) -> None:
+        self.used += size - kept.graphs_size
+        self._graph_bytes += size - kept.graphs_size
+        kept.graphs_size = size
+        self.most_graphs = max(self.most_graphs, self._graph_bytes)
+
+    def _refuse(self, least: float) -> None:
+        advice = "" if self.policy in ("auto", "binomial") else ', or checkpoint="auto", which does with less'
+        raise ValueError(
+            f"symplectic_adjoint: memory_budget={self._budget} is too small: with checkpoint={self.policy!r} this "
+            f"solve needs at least {int(least)} bytes ({self.working} of them beside checkpoints: the graph of one "
+            f"evaluation of func, the stages of a step, the sums of gradients). Use a larger one{advice}."
+        )
+
+
+def _oldest(refs: deque[weakref.ref[Kept]]) -> Kept | None:
+    while refs:
+        if (kept := refs.popleft()()) is not None and (kept.graphs is not None or kept.stages is not None):
+            return kept
+    return None
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,125 @@
+"""The cotangents of what a vector field depends on, and the leaves that stand in for some of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from .dependencies import has_hooks
+from .graphs import depends_on_another, edge_of
+
+
+class StandIns:
+    """Leaves that take the place of some of the tensors that f depends on, with the same values.
+
+    Those whose histories lead to others would be counted twice; those with hooks would run them at each evaluation; and
+    those that were frozen since have no gradient.
+
+    Args:
+        tensors: what f depends on.
+        others: those among which a history must not lead.
+
+    Attributes:
+        replaced: the edges of the tensors that are replaced, for leaves their identities.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = (), others: Sequence[Tensor] = ()) -> None:
+        replaced = [
+            tensor
+            for tensor in tensors
+            if not tensor.requires_grad
+            or has_hooks(tensor)
+            or (not tensor.is_leaf and depends_on_another(tensor, others))
+        ]
+        self._leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in replaced}
+        self.replaced = {
+            id(tensor) if tensor.is_leaf else edge_of(tensor) for tensor in replaced if tensor.requires_grad
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._leaves)
+
+    def stand_for_the_same(self, others: StandIns) -> bool:
+        """Whether these stand for the same tensors as others do."""
+        return self._leaves.keys() == others._leaves.keys()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What is used for a tensor: its stand-in, if it has one."""
+        return self._leaves.get(id(tensor), tensor)
+
+    def substitution(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which f is to be evaluated with a graph."""
+        return _Substitution(self._leaves) if self._leaves else _NOTHING
+
+
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+class _Substitution(TorchFunctionMode):
+    """Hands every torch function the stand-ins in place of the tensors that they stand for."""
+
+    def __init__(self, stand_ins: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.stand_ins = stand_ins
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(Tensor, lambda x: self.stand_ins.get(id(x), x), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class CotangentSums:
+    """The cotangents of the dependencies, summed over the evaluations of one sweep.
+
+    Args:
+        dependencies: what f depends on.
+        needed: which of it needs a gradient in this backward pass.
+        stand_ins: what takes its place.
+
+    Attributes:
+        inputs: what f's graphs are to be differentiated with respect to.
+    """
+
+    def __init__(self, dependencies: Sequence[Tensor], needed: Sequence[bool], stand_ins: StandIns) -> None:
+        self.stand_ins = stand_ins
+        self._dependencies = [tensor for tensor, need in zip(dependencies, needed, strict=True) if need]
+        self._needed = needed
+        self._totals: list[Tensor | None] = [None] * len(self._dependencies)
+        self.inputs = [stand_ins.of(tensor) for tensor in self._dependencies]
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add the gradients of one evaluation, in the order of `inputs`; None for what it did not use."""
+        totals, addends = [], []
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            grad = grad.to_dense() if grad.is_sparse else grad
+            total = self._totals[i]
+            if total is None:
+                # A copy, since autograd may hand out one tensor twice; and wide, since a half-precision sum of many
+                # terms loses the small ones.
+                self._totals[i] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+            else:
+                totals.append(total)
+                addends.append(grad)
+        if totals:
+            torch._foreach_add_(totals, addends)
+
+    def used(self) -> list[bool]:
+        """Whether each dependency was used, as far as it is needed."""
+        totals = iter(self._totals)
+        return [need and next(totals) is not None for need in self._needed]
+
+    def results(self) -> list[Tensor | None]:
+        """The sums in the dtypes of the dependencies, None for what is not needed or was not used."""
+        sums = iter(zip(self._totals, self._dependencies, strict=True))
+        return [
+            None if not need or (pair := next(sums))[0] is None else pair[0].to(pair[1].dtype) for need in self._needed
+        ]

@@ -1,0 +1,165 @@
+"""Walks through autograd's graphs: where one ends, what is behind a tensor, how much memory one holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Container, Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Edge = tuple[Any, int]
+"""A tensor's place in the autograd graph: the node that made it, and which of the node's outputs it is."""
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """The edge of a tensor with a history."""
+    return tensor.grad_fn, tensor.output_nr
+
+
+def accumulator(leaf: Tensor) -> Any:
+    """The node at which graphs end in a leaf. It is the same one as long as somebody holds it."""
+    with torch.enable_grad():
+        return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+
+_Accumulator: Any = type(accumulator(torch.zeros((), requires_grad=True)))
+
+
+@dataclass
+class GraphInputs:
+    """Where a value's graph ends.
+
+    Attributes:
+        leaves: leaf tensors.
+        edges: edges that the walk was told to stop at.
+        older: nodes that are older than the evaluation.
+    """
+
+    leaves: list[Tensor] = field(default_factory=list)
+    edges: set[Edge] = field(default_factory=set)
+    older: list[Any] = field(default_factory=list)
+
+
+def graph_inputs(value: Tensor, start: Any, stops: Set[Edge], known: Container[Any] = ()) -> GraphInputs:
+    """Walk the graph that one evaluation of f made, back to what it depends on.
+
+    Args:
+        value: what f returned.
+        start: a node made just before f was called: nodes with smaller numbers are not f's, or another thread's.
+        stops: edges not to look behind.
+        known: nodes to be passed over.
+    """
+    found = GraphInputs()
+    if value.grad_fn is None:
+        return found
+    first = start._sequence_nr()
+    seen = {start}
+    level: list[Edge] = [edge_of(value)]
+    while level:
+        following: list[Edge] = []
+        for edge in level:
+            node = edge[0]
+            if node is None or node in known:
+                continue
+            if stops and edge in stops:
+                found.edges.add(edge)
+                continue
+            if node in seen:
+                continue
+            seen.add(node)
+            if type(node) is _Accumulator:
+                found.leaves.append(node.variable)
+            elif node._sequence_nr() < first:
+                found.older.append(node)
+            else:
+                following += node.next_functions
+        level = following
+    return found
+
+
+def referenced(leaves: list[Tensor]) -> list[Tensor]:
+    """Those leaves that somebody else refers to: f may make leaves of its own, `x.detach().requires_grad_()`."""
+    # The list, the loop's variable and the function's argument.
+    return [leaf for leaf in leaves if sys.getrefcount(leaf) > 3]
+
+
+def history(tensor: Tensor) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ...]]]:
+    """The nodes behind a tensor: each node, the leaf that it accumulates into, and the edges that it leads to."""
+    seen: set[Any] = set()
+    stack: list[Any] = [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = node.variable if type(node) is _Accumulator else None
+        yield node, leaf, node.next_functions
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def is_alive(tensor: Tensor) -> bool:
+    """Whether a tensor's history can still be gone back through: it was not freed by a backward pass, and is no solve.
+
+    (A model that keeps its last solution must not have it become a dependency of the next one.)
+    """
+    for node, leaf, _ in history(tensor):
+        if node.name().startswith("_Recorded"):
+            return False
+        if leaf is None:
+            try:
+                _saved(node)
+            except RuntimeError:
+                return False
+    return True
+
+
+def depends_on_another(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether a tensor's history leads to one of the others."""
+    leaves = {id(other) for other in others if other.is_leaf}
+    edges = {edge_of(other) for other in others if not other.is_leaf and other is not tensor}
+    return any(
+        id(leaf) in leaves if leaf is not None else any(edge in edges for edge in following)
+        for _, leaf, following in history(tensor)
+    )
+
+
+def saved_storages(value: Tensor) -> dict[int, int]:
+    """What a value's graph keeps for its backward pass: the size in bytes of each storage, by its address."""
+    storages: dict[int, int] = {}
+    if value.grad_fn is None:
+        return storages
+    for node, leaf, _ in history(value):
+        for tensor in () if leaf is not None else _tensors(_saved(node)):
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            else:
+                storages[id(tensor)] = 2 * tensor.numel() * tensor.element_size()
+    return storages
+
+
+def _saved(node: Any) -> list[Any]:
+    """What a node has saved.
+
+    Raises:
+        RuntimeError: if a backward pass has freed it.
+    """
+    names = _saved_names.get(type(node))
+    if names is None:
+        names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        _saved_names[type(node)] = names
+    return [getattr(node, name) for name in names]
+
+
+_saved_names: dict[type, list[str]] = {}
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)

@@ -1,0 +1,131 @@
+"""What solves did: counts, bytes and times, for `symplectic_plugin.profile()`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class SolveReport:
+    """One solve, and its backward passes so far.
+
+    Attributes:
+        host: "torchdiffeq" or "torchdyn".
+        method: the base method.
+        accepted, rejected: steps.
+        evaluations: of f, on the way forward.
+        recomputed: evaluations of f in backward passes.
+        vjps: vector-Jacobian products of f.
+        checkpoint_bytes: the most that states of steps and stages took at a time.
+        graph_bytes: the most that graphs kept from the way forward took.
+        evaluation_bytes: what one evaluation of f keeps with its graph.
+        budget_bytes: what the solve and its backward pass may take; infinite for a policy without a budget.
+        policy: the option `checkpoint`.
+        kept: what the policy chose to keep, when the forward pass ended.
+        forward_seconds, backward_seconds: wall-clock times.
+    """
+
+    host: str = ""
+    method: str = ""
+    accepted: int = 0
+    rejected: int = 0
+    evaluations: int = 0
+    recomputed: int = 0
+    vjps: int = 0
+    checkpoint_bytes: int = 0
+    graph_bytes: int = 0
+    evaluation_bytes: int = 0
+    budget_bytes: float = float("inf")
+    policy: str = ""
+    kept: str = ""
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class Profile:
+    """The solves that were made while a profile was taken.
+
+    Attributes:
+        solves: their reports, in the order in which they began.
+    """
+
+    solves: list[SolveReport] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[SolveReport]:
+        return iter(self.solves)
+
+    def __len__(self) -> int:
+        return len(self.solves)
+
+    def __getitem__(self, index: int) -> SolveReport:
+        return self.solves[index]
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The reports as dictionaries, for JSON or a data frame."""
+        return [asdict(solve) for solve in self.solves]
+
+    def __str__(self) -> str:
+        names = [entry.name for entry in fields(SolveReport)]
+        rows = [[_text(name, getattr(solve, name)) for name in names] for solve in self.solves]
+        heads = [name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ") for name in names]
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (heads, *rows)
+        ]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def profile() -> Iterator[Profile]:
+    """Report on the solves with an exact gradient that are made within, in any thread.
+
+    Their backward passes are reported on whenever they are made. Printed, it is a table; it is also a sequence of
+    `SolveReport`.
+
+    >>> with symplectic_plugin.profile() as solves:
+    ...     loss(torchdiffeq.odeint(f, y0, t, method="symplectic_adjoint")).backward()
+    >>> print(solves)
+    """
+    taken = Profile()
+    _active.append(taken)
+    try:
+        yield taken
+    finally:
+        _active.remove(taken)
+
+
+_active: list[Profile] = []
+
+
+def new_report(host: str, method: str, policy: str) -> SolveReport:
+    """The report of a solve that begins, seen by the profiles that are being taken."""
+    report = SolveReport(host, method, policy=policy)
+    for taken in _active:
+        taken.solves.append(report)
+    return report
+
+
+@contextlib.contextmanager
+def timed(report: SolveReport) -> Iterator[None]:
+    """Count the time within as the backward pass's."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.backward_seconds += time.perf_counter() - begin
+
+
+def _text(name: str, value: Any) -> str:
+    if name.endswith("_seconds"):
+        return f"{value * 1e3:.1f} ms"
+    if name.endswith("_bytes"):
+        if value == float("inf"):
+            return "no limit"
+        return f"{value / 2**20:.2f} MiB" if value >= 2**20 else f"{value / 2**10:.2f} KiB"
+    return str(value)
