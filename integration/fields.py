@@ -35,8 +35,8 @@ class MLP(nn.Module):
         return torch.cos(2 * t) * (hidden @ self.w2.T + self.b2) + self.frozen * y
 
 
-class Polynomial(nn.Module):
-    """A cubic polynomial of the state with coefficients that depend on time; bounded, as its cubic term is damping."""
+class Rational(nn.Module):
+    """A rational function of the state and of time. It grows no faster than linearly, so no solution goes to infinity."""
 
     def __init__(self, size: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Polynomial(nn.Module):
         self.linear, self.quadratic, self.constant, self.rate = random(size, size), random(size), random(size), random()
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        slope = 0.3 * y @ self.linear + 0.05 * self.quadratic * y**2 - 0.02 * y**3
+        slope = 0.3 * y @ self.linear + (0.05 * self.quadratic * y**2 - 0.02 * y**3) / (1 + 0.1 * y**2)
         return slope + self.constant * torch.sin(self.rate * t)
 
 
@@ -58,7 +58,7 @@ def problems(draw: st.DrawFn) -> tuple[nn.Module, Tensor, torch.Generator]:
     size = draw(st.integers(1, 4))
     batch = draw(st.sampled_from([(), (3,), (2, 2)]))
     hidden = draw(st.integers(1, 8))
-    field = MLP(size, hidden, generator) if draw(st.booleans()) else Polynomial(size, generator)
+    field = MLP(size, hidden, generator) if draw(st.booleans()) else Rational(size, generator)
     y0 = torch.randn(*batch, size, generator=generator, dtype=torch.float64)
     return field, y0, generator
 

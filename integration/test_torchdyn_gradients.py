@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -106,6 +107,9 @@ def test_fixed_step_solvers(solver, problem, t_span, data) -> None:
 @given(problems(), spans(), st.floats(2, 7), st.sampled_from([None, "4th"]))
 def test_adaptive_solvers(solver, problem, t_span, digits, interpolator) -> None:
     field, x, _ = problem
+    # Where rounding keeps its sum of step sizes from an output time, torchdyn takes steps of size zero for ever.
+    calls = itertools.count()
+    field.register_forward_pre_hook(lambda *_: reject() if next(calls) > 20_000 else None)
     keywords = {"solver": solver, "atol": 10.0**-digits, "rtol": 10.0**-digits, "interpolator": interpolator}
     assert_exact(*outcomes(field, x, t_span, by_problem(FLAG, **keywords), by_problem("autograd", **keywords)))
 

@@ -215,7 +215,7 @@ class _AdjointSteps:
             tableau, not fresh, [{}] * tableau.stages, NoOutputs(tableau.stages), stage_times,
             solve.step_alone(t.detach(), dt.detach(), args), solve.checkpoints, steps=[step],
         )  # fmt: skip
-        kept = self._kept(solve, evaluate, trajectory, x, None if recomputed else k1, k1 is not None, end)
+        kept = self._kept(solve, evaluate, trajectory, x, None if recomputed else k1, k1 is not None, end.detach())
         trajectory = replace(trajectory, kept=[kept])
         stages = more[0] if more else ()
         evaluated = {i: stage for i, stage in enumerate(stages) if i > 0 or k1 is None}
