@@ -53,7 +53,9 @@ class VectorField:
         self._only = only
         self._held = Held(None)
         self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {"cpu", device.type}
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in {"cpu", device.type}
+            if torch.amp.is_autocast_available(kind)
         ]
         self._leaves = {id(tensor) for tensor in self.dependencies if tensor.is_leaf}
         self._edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
@@ -65,22 +67,23 @@ class VectorField:
             The slope, without its graph.
 
         Raises:
+            ValueError: if the state has no gradients, or f does not return a tensor of its shape.
             RuntimeError: if f depends on a tensor with a history that can't be found.
         """
+        if not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(
+                f"symplectic_adjoint: a state of {x.dtype} has no gradient: give the initial state in a floating-point "
+                "or complex dtype"
+            )
         self._held = held = Held(self.function)
         edges = {edge_of(tensor): tensor for tensor in held.tensors if not tensor.is_leaf}
         before = self.generators.states()
         with torch.enable_grad():
             leaf, argument = _as_argument(x)
             t = t.detach()
-            slope = self.function(t, argument, **keywords)
+            slope = self._checked(self.function(t, argument, **keywords), x)
         self.draws = not self.generators.are_at(before)
-        if not isinstance(slope, Tensor):
-            return slope
-        # Under autocast f may return a less precise type than the state's.
-        self.rounding = max(
-            torch.finfo(kind).eps for kind in (x.dtype, slope.dtype) if kind.is_floating_point or kind.is_complex
-        )
+        self.rounding = max(self.rounding, _precision(x.dtype))
         found = graph_inputs(slope, argument.grad_fn, self._edges | edges.keys())
         if found.older:
             with self.generators.kept(), torch.enable_grad():
@@ -161,7 +164,7 @@ class VectorField:
     def __call__(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         """The slope f(t, x), without a graph."""
         with torch.no_grad(), self._forward_autocast():
-            return self.function(t.detach(), x.detach(), **keywords).detach()
+            return self._checked(self.function(t.detach(), x.detach(), **keywords), x).detach()
 
     def vjp(
         self, t: Tensor, x: Tensor, keywords: Keywords, cotangent: Tensor, sums: CotangentSums, want_time: bool
@@ -200,7 +203,13 @@ class VectorField:
     def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, sums: CotangentSums) -> Tensor:
         """The slope f(t, x), with its graph back to t, x and the dependencies or their stand-ins."""
         with torch.enable_grad(), self._forward_autocast(), sums.substitution():
-            return self.function(t, x, **keywords)
+            return self._checked(self.function(t, x, **keywords), x)
+
+    def _checked(self, slope: Any, x: Tensor) -> Tensor:
+        """What f returned at state x, which may be of another kind than what it returned at first."""
+        slope = require_slope(slope, x)
+        self.rounding = max(self.rounding, _precision(slope.dtype))  # under autocast less than the state's
+        return slope
 
     def _with_graph(
         self, t: Tensor, x: Tensor, keywords: Keywords, sums: CotangentSums, want_time: bool
@@ -332,7 +341,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """A context for the sweep's own arithmetic, which must not be done in half precision."""
     return (
         torch.autocast(device.type, enabled=False)
-        if torch.is_autocast_enabled(device.type)
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         else contextlib.nullcontext()
     )
 
@@ -341,6 +350,26 @@ def _as_argument(x: Tensor) -> tuple[Tensor, Tensor]:
     """A leaf with x's values and, to be handed to f, a view of it, whose node is older than all that f makes."""
     leaf = x.detach().requires_grad_()
     return leaf, leaf.view_as(leaf)
+
+
+def require_slope(slope: Any, x: Tensor) -> Tensor:
+    """What is to be a slope at state x.
+
+    Raises:
+        ValueError: if it is not a tensor of the state's shape.
+    """
+    if not isinstance(slope, Tensor) or slope.shape != x.shape:
+        got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+        raise ValueError(
+            f"symplectic_adjoint: the vector field must return a tensor of the state's shape {tuple(x.shape)}, got {got}"
+        )
+    return slope
+
+
+@functools.cache
+def _precision(dtype: torch.dtype) -> float:
+    """The relative rounding error of a dtype, none for integers."""
+    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
 def _lost(what: str) -> str:

@@ -68,11 +68,6 @@ class RecordedField:
         slope = self.field.discover(t, y, keywords)
         if self.field.draws:
             self.first_draw = self.last_draw = self.draws = before
-        if not isinstance(slope, Tensor) or slope.shape != y.shape:
-            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-            raise ValueError(
-                f"symplectic_adjoint: func must return a tensor of the state's shape {tuple(y.shape)}, got {got}"
-            )
         if torch.promote_types(slope.dtype, y.dtype) != y.dtype:
             raise ValueError(
                 f"symplectic_adjoint: func returned {slope.dtype} for a state of {y.dtype}: return the state's dtype, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from ...randomness import Generators, GeneratorStates
 from ...step_gradient import attach_step
 from ...tableau import ButcherTableau, read_rounded_tableau
 from ...trajectory import NoOutputs, Step, Trajectory
-from ...vector_field import VectorField
+from ...vector_field import VectorField, require_slope
 from ...witness import refuse_transforms
 from . import step_sizes
 from .methods import is_torchdyns, step_function, tableau_of
@@ -162,9 +163,15 @@ class _AdjointSteps:
         assert solve.field is not None
         assert solve.tableau is not None
         refuse_transforms()
+        t0, h = t.item(), dt.item()
+        if k1 is not None and math.isnan(h):
+            raise ValueError(
+                f"{_NAME}: the step size became nan at t = {t0}, with which {type(self).__name__} would go on for ever: "
+                "the vector field, its states, the times or the tolerances are nan or infinite"
+            )
         field, evaluate = solve.field, _Evaluations(solve, self.loss is not None)
         with torch.no_grad():
-            given = None if k1 is None else k1.detach()
+            given = None if k1 is None else require_slope(k1, x).detach()
             _, end, error, *more = super().step(  # type: ignore[misc]
                 evaluate, x.detach(), t.detach(), dt.detach(), k1=given, args=args
             )
@@ -174,7 +181,6 @@ class _AdjointSteps:
         of_step_before = k1 is not None and getattr(k1, "symplectic_adjoint_state", lambda: None)() is x
         recomputed = (at_start or of_step_before) and not field.draws
         fresh = k1 is None or (recomputed and at_start)
-        t0, h = t.item(), dt.item()
         step = Step(t0, t0 + h, h, not fresh, {}, None, evaluate.draws)
         tableau = solve.tableau
         if not t.dtype == dt.dtype == x.abs().dtype:
@@ -238,8 +244,10 @@ class _Solve:
             function = f if solver.loss is None else _WithLoss(f, solver.loss, x.shape)
             self.field = VectorField(function, x.device, solver.params)
 
-    def note_slope_at_start(self, slope: Tensor, state: Tensor) -> None:
+    def note_slope_at_start(self, slope: Any, state: Tensor) -> None:
         """Take note of a slope that was evaluated at a state, and will be handed to the step from there."""
+        if not isinstance(slope, Tensor):
+            return  # torchdyn, or the step, will say so
         self._slope_at_start = weakref.ref(slope), weakref.ref(state)
 
     def is_at_start(self, slope: Tensor | None, state: Tensor) -> bool:
@@ -284,11 +292,6 @@ class _Evaluations:
             slope = field.discover(t, argument, {})
             self.draws = before if field.draws else None
             self.solve.discovered = True
-            if not isinstance(slope, Tensor) or slope.shape != argument.shape:
-                got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-                raise ValueError(
-                    f"{_NAME}: the vector field must return a tensor of the state's shape {tuple(x.shape)}, got {got}"
-                )
         return slope[:-1].view(x.shape) if self.with_loss else slope
 
 
