@@ -13,7 +13,7 @@ from .replay import Times, replay
 from .sweep import sweep
 from .trajectory import Trajectory
 from .vector_field import VectorField
-from .witness import Witness, gradients, refuse_third_derivatives
+from .witness import Witness, gradients, refuse_batches, refuse_third_derivatives
 
 TimesOf = Callable[..., Times]
 """A solve's times as functions of the tensors that they come from: called with the trajectory and those."""
@@ -73,6 +73,7 @@ class _RecordedSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batches([cotangent])
         record: _Record = ctx.record
         n_steps = len(ctx.has_slope)
         unpacked = iter(ctx.saved_tensors)
@@ -125,6 +126,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_third_derivatives()
+        refuse_batches(directions)
         record, witness = ctx.arguments
         *unpacked, end = ctx.saved_tensors[: 3 + record.n_times]
         needed = [True] * len(record.field.dependencies)

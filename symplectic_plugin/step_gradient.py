@@ -16,7 +16,7 @@ from .replay import Times, replay
 from .sweep import TimeCotangents, sweep_step
 from .trajectory import Trajectory
 from .vector_field import CotangentSums, VectorField
-from .witness import Witness, gradients, refuse_third_derivatives
+from .witness import Witness, gradients, refuse_batches, refuse_third_derivatives
 
 
 def attach_step(
@@ -86,6 +86,7 @@ class _RecordedStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_batches(cotangents)
         step: _Step = ctx.step
         start, t, h, first_slope, reached, *_ = ctx.saved_tensors
         arguments = (step, ctx.needs_input_grad[2:], reached.detach())
@@ -183,6 +184,7 @@ class _StepGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_third_derivatives()
+        refuse_batches(directions)
         record, field = ctx.step.record, ctx.step.record.field
         trajectory, (taken,) = record.trajectory, record.trajectory.steps
         reached, *saved = ctx.saved_tensors
