@@ -361,7 +361,8 @@ def require_slope(slope: Any, x: Tensor) -> Tensor:
     if not isinstance(slope, Tensor) or slope.shape != x.shape:
         got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
         raise ValueError(
-            f"symplectic_adjoint: the vector field must return a tensor of the state's shape {tuple(x.shape)}, got {got}"
+            f"symplectic_adjoint: the vector field must return a tensor of the state's shape {tuple(x.shape)}, "
+            f"got {got}"
         )
     return slope
 

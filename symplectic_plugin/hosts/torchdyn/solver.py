@@ -164,10 +164,10 @@ class _AdjointSteps:
         assert solve.tableau is not None
         refuse_transforms()
         t0, h = t.item(), dt.item()
-        if k1 is not None and math.isnan(h):
+        if k1 is not None and (math.isnan(h) or not dt.is_floating_point()):
             raise ValueError(
-                f"{_NAME}: the step size became nan at t = {t0}, with which {type(self).__name__} would go on for ever: "
-                "the vector field, its states, the times or the tolerances are nan or infinite"
+                f"{_NAME}: a step at t = {t0} is to have the size {h}, of {dt.dtype}, with which torchdyn goes on for "
+                "ever: give floating-point times, and a vector field, initial state and tolerances that are finite"
             )
         field, evaluate = solve.field, _Evaluations(solve, self.loss is not None)
         with torch.no_grad():
@@ -183,7 +183,7 @@ class _AdjointSteps:
         fresh = k1 is None or (recomputed and at_start)
         step = Step(t0, t0 + h, h, not fresh, {}, None, evaluate.draws)
         tableau = solve.tableau
-        if not t.dtype == dt.dtype == x.abs().dtype:
+        if h != 0 and not t.dtype == dt.dtype == x.abs().dtype:
             tableau = read_rounded_tableau(step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
         stage_times = _StageTimes(tableau.c.tolist(), t.shape, torch.promote_types(t.dtype, dt.dtype), t.device)
         outputs = NoOutputs(tableau.stages)
