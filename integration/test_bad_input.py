@@ -195,3 +195,91 @@ def test_bad_input(solver, what) -> None:
         assert torch.equal(ours.isnan(), reference.isnan())
         ours, reference = ours.nan_to_num(), reference.nan_to_num()
         assert (ours - reference).norm() <= row.bound * reference.norm()
+
+
+class Failing(nn.Module):
+    """A field that draws, normalises and has a context, and raises when told to: in f, or in f's own backward pass."""
+
+    # Of the class, so that they are not put back in the backward pass to what they were, as the module's own are.
+    evaluations_left = 10**9
+    in_its_backward_pass = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Linear(2, 4, bias=False), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2)
+        self.net = nn.Sequential(*layers).double()
+        self.context = random(2)
+
+    def forward(self, t, y, args=None):
+        slope = torch.tanh(self.net(y) + self.context)
+        Failing.evaluations_left -= 1
+        if Failing.evaluations_left <= 0:
+            if not Failing.in_its_backward_pass:
+                raise ZeroDivisionError
+            if slope.requires_grad:
+                slope.register_hook(lambda g: 1 / 0)
+        return slope
+
+
+class TestExceptions:
+    """Wherever f raises, nothing is left of the solve, and the next one is right."""
+
+    @staticmethod
+    def gradients(field: Failing, solver: str, flag: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        y = solve(solver, flag, field, Y0, T)
+        return [y.detach(), *torch.autograd.grad((y**2).sum(), list(field.parameters()))]
+
+    @pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdyn rk4"])
+    @pytest.mark.parametrize("evaluation", [1, 2, 7])
+    @pytest.mark.parametrize("place", ["f on the way forward", "f in the backward pass", "the backward pass of f"])
+    def test_leave_nothing_behind(self, solver, evaluation, place, monkeypatch) -> None:
+        expected = self.gradients(Failing(), solver, flag=False)
+        field, y0, other = Failing(), Y0.clone().requires_grad_(), random(2)
+        statistics, context = field.net[1].running_mean, field.context
+        monkeypatch.setattr(Failing, "in_its_backward_pass", place == "the backward pass of f")
+        if place == "f on the way forward":
+            monkeypatch.setattr(Failing, "evaluations_left", evaluation)
+            with pytest.raises(ZeroDivisionError):
+                solve(solver, True, field, y0, T)
+        else:
+            loss = solve(solver, True, field, y0, T).sum()
+            field.context = other
+            field.eval()
+            monkeypatch.setattr(Failing, "evaluations_left", evaluation)
+            generator = torch.get_rng_state()
+            with pytest.raises(ZeroDivisionError):
+                loss.backward()
+            del loss
+            assert torch.equal(torch.get_rng_state(), generator)
+            assert field.context is other
+            assert not field.training
+            assert field.net[1].running_mean is statistics
+        assert torch.is_grad_enabled()
+        assert all(x.grad is None for x in (y0, *field.parameters()))
+        held = weakref.ref(y0)
+        del y0
+        gc.collect()
+        assert held() is None
+        monkeypatch.undo()
+        field.context = context
+        field.train()
+        for ours, theirs in zip(self.gradients(field, solver, flag=True), expected, strict=True):
+            assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+class TestNamesThatDoNotExist:
+    """torchdiffeq's are in test_torchdiffeq_interface.py."""
+
+    @pytest.mark.parametrize("solver", ["no_such_solver", f"{FLAG}:no_such_solver"])
+    def test_torchdyns_solvers(self, solver) -> None:
+        with pytest.raises(KeyError, match=solver):
+            odeint(good(random(2, 2)), Y0, T, solver=solver)
+        with pytest.raises(KeyError, match=solver):
+            NeuralODE(nn.Linear(2, 2).double(), solver=solver, sensitivity=FLAG)(Y0, T)
+
+    @pytest.mark.parametrize("sensitivity", [f"{FLAG}:rk4", f"{FLAG}s"])
+    def test_torchdyns_sensitivities(self, sensitivity) -> None:
+        with pytest.raises(ValueError, match=r'Use sensitivity="symplectic_adjoint".*solver="rk4"'):
+            NeuralODE(nn.Linear(2, 2).double(), solver="rk4", sensitivity=sensitivity)(Y0, T)
