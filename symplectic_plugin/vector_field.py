@@ -78,7 +78,7 @@ class VectorField:
         self._held = held = Held(self.function)
         edges = {edge_of(tensor): tensor for tensor in held.tensors if not tensor.is_leaf}
         before = self.generators.states()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._forward_autocast():
             leaf, argument = _as_argument(x)
             t = t.detach()
             slope = self._checked(self.function(t, argument, **keywords), x)
@@ -86,7 +86,7 @@ class VectorField:
         self.rounding = max(self.rounding, _precision(x.dtype))
         found = graph_inputs(slope, argument.grad_fn, self._edges | edges.keys())
         if found.older:
-            with self.generators.kept(), torch.enable_grad():
+            with self.generators.kept(), torch.enable_grad(), self._forward_autocast():
                 _, argument = _as_argument(x)
                 again = graph_inputs(
                     self.function(t, argument, **keywords), argument.grad_fn, self._edges | edges.keys()
