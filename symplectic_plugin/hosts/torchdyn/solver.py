@@ -185,7 +185,8 @@ class _AdjointSteps:
         tableau = solve.tableau
         if h != 0 and not t.dtype == dt.dtype == x.abs().dtype:
             tableau = read_rounded_tableau(step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
-        stage_times = _StageTimes(tableau.c.tolist(), t.shape, torch.promote_types(t.dtype, dt.dtype), t.device)
+        dtypes = [*([] if k1 is None else [t.dtype]), *evaluate.time_dtypes]
+        stage_times = _StageTimes(tableau.c.tolist(), t.shape, dtypes, t.device)
         outputs = NoOutputs(tableau.stages)
         trajectory = Trajectory(tableau, not fresh, [{}] * tableau.stages, outputs, stage_times, steps=[step])
         stages = more[0] if more else ()
@@ -278,8 +279,10 @@ class _Evaluations:
         self.solve = solve
         self.with_loss = with_loss
         self.draws: GeneratorStates | None = None
+        self.time_dtypes: list[torch.dtype] = []
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        self.time_dtypes.append(t.dtype)
         field = self.solve.field
         assert field is not None
         argument = torch.cat([x.reshape(-1), x.new_zeros(1)]) if self.with_loss else x
@@ -298,12 +301,14 @@ class _Evaluations:
 class _StageTimes:
     """The times that torchdyn hands to f in a step."""
 
-    def __init__(self, c: list[float], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, c: list[float], shape: torch.Size, dtypes: list[torch.dtype], device: torch.device) -> None:
         self.c = c
         self.shape = shape
-        self.dtype = dtype
+        self.dtypes = dtypes  # coefficients in double precision make a time of it of one in single precision
         self.device = device
 
     def __call__(self, step: Step) -> list[Tensor]:
-        start = torch.full(self.shape, step.t0, dtype=self.dtype, device=self.device)
-        return [start + c * step.h for c in self.c]
+        return [
+            torch.full(self.shape, step.t0, dtype=dtype, device=self.device) + c * step.h
+            for c, dtype in zip(self.c, self.dtypes, strict=True)
+        ]
