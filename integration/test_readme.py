@@ -8,7 +8,7 @@ FOLDER = Path(__file__).parent
 NAME = re.compile(r"`(test_\w+\.py)::([\w:]+)`")
 
 
-def tests_in(file: str) -> set[str]:
+def names_in(file: str) -> set[str]:
     """Names as pytest has them, without parameters."""
     found = set()
     for node in ast.parse((FOLDER / file).read_text(encoding="utf-8")).body:
@@ -31,5 +31,5 @@ def test_every_row_names_a_test() -> None:
 
 def test_every_test_that_is_named_exists() -> None:
     named = [match.groups() for row in rows() for match in NAME.finditer(row)]
-    assert [f"{file}::{name}" for file, name in named if name not in tests_in(file)] == []
+    assert [f"{file}::{name}" for file, name in named if name not in names_in(file)] == []
     assert len(named) == sum(row.count("`test_") for row in rows())  # none is spelled in another way
