@@ -75,7 +75,7 @@ class TestInsideF:
 
             loss = (solve(solver, flag, field, y0, T) ** 2).sum()
             with torch.no_grad():
-                assert torch.equal(solve(solver, flag, field, Y0, T), solve(solver, False, field, Y0, T))
+                assert torch.equal(*(solve(solver, each, field, Y0.clone(), T.clone()) for each in (flag, False)))
             return torch.autograd.grad(loss, (w, y0))
 
         both(work)
