@@ -36,7 +36,7 @@ class MLP(nn.Module):
 
 
 class Rational(nn.Module):
-    """A rational function of the state and of time. It grows no faster than linearly, so no solution goes to infinity."""
+    """A rational function of the state and of time, which grows no faster than linearly: solutions stay finite."""
 
     def __init__(self, size: int, generator: torch.Generator) -> None:
         super().__init__()

@@ -110,8 +110,8 @@ def test_adaptive_solvers(solver, problem, t_span, digits, interpolator) -> None
     calls = itertools.count()
     field.register_forward_pre_hook(lambda *_: reject() if next(calls) > 20_000 else None)
     keywords = {"solver": solver, "atol": 10.0**-digits, "rtol": 10.0**-digits, "interpolator": interpolator}
-    # Where rounding keeps its sum of step sizes from an output time, torchdyn takes steps of size zero for ever, or looks
-    # for an output time after the last.
+    # Where rounding keeps its sum of step sizes from an output time, torchdyn takes steps of size zero for ever, or
+    # looks for an output time after the last.
     try:
         by_problem("autograd", **keywords)(field, x, t_span)
     except IndexError:

@@ -127,7 +127,7 @@ class Checkpoints:
         self._with_graphs: deque[weakref.ref[Kept]] = deque()
         self._with_stages: deque[weakref.ref[Kept]] = deque()
         self._reversal: tuple[list[Kept], Iterator[Any]] | None = None
-        self._last: tuple[Kept | None, Tensor] | None = None
+        self._last: tuple[weakref.ref[Kept], Tensor] | None = None
 
     def only_states(self) -> None:
         """Keep the states of steps alone, on the device: somebody's hooks are to have them."""
@@ -231,14 +231,15 @@ class Checkpoints:
     def recall(self, kept: Kept, advance: Advance) -> tuple[Tensor, Tensor | None]:
         """The state at a step's start, and the slope if it is needed. In the reverse order of the steps."""
         state, slope = self._recalled(kept, advance)
-        self._last = kept.previous, state
+        # Weakly and without a history: both may lead back here.
+        self._last = None if kept.previous is None else (weakref.ref(kept.previous), state.detach())
         return state, slope
 
     def end_of(self, kept: Kept) -> Tensor | None:
         """The state at a step's end, if it is kept or was recalled last."""
         if kept.end is not None:
             return kept.end
-        if self._last is not None and self._last[0] is kept:
+        if self._last is not None and self._last[0]() is kept:
             return self._last[1]
         return None
 

@@ -71,8 +71,20 @@ class _Substitution(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(Tensor, lambda x: self.stand_ins.get(id(x), x), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs = {name: self._replaced(value) for name, value in kwargs.items()} if kwargs else {}
+        return func(*[self._replaced(value) for value in args], **kwargs)
+
+    def _replaced(self, value: Any) -> Any:
+        """An argument with the stand-ins in it. Not by torch's pytree, which leaves cycles to the garbage collector."""
+        if isinstance(value, Tensor):
+            return self.stand_ins.get(id(value), value)
+        if isinstance(value, torch.Size):
+            return value
+        if type(value) in (tuple, list):
+            return type(value)([self._replaced(part) for part in value])
+        if isinstance(value, tuple | list | dict):  # a named tuple, or what else there is
+            return tree_map_only(Tensor, self._replaced, value)
+        return value
 
 
 class CotangentSums:

@@ -15,7 +15,7 @@ from .saved import graph_is_kept, states_for_hooks
 from .sweep import sweep
 from .trajectory import Trajectory
 from .vector_field import VectorField
-from .witness import Witness, gradients, refuse_third_derivatives
+from .witness import Witness, gradients, refuse_batches, refuse_third_derivatives
 
 TimesOf = Callable[..., Times]
 """A solve's times as functions of the tensors that they come from: called with the trajectory and those."""
@@ -73,6 +73,7 @@ class _RecordedSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batches([cotangent])
         record: _Record = ctx.record
         unpacked = iter(ctx.saved_tensors)
         times = [next(unpacked) if time is None else time for time in ctx.times]
@@ -118,6 +119,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_third_derivatives()
+        refuse_batches(directions)
         record, witness = ctx.arguments
         *unpacked, end = ctx.saved_tensors[: 3 + record.n_times]
         needed = [True] * len(record.field.dependencies)

@@ -33,7 +33,7 @@ class Retaker:
         self.field = field
         self.shape = shape
         self.plain = Workspace(trajectory.tableau, like)
-        self._times: dict[int, Sequence[Tensor]] = {}
+        self._times: dict[int, Sequence[Sequence[Tensor]]] = {}
 
     def stage_times(self, n: int) -> Sequence[Tensor]:
         """The times of the stages of step n, of which those of its neighbours are made as well."""
@@ -42,8 +42,8 @@ class Retaker:
             if len(self._times) > 1:
                 del self._times[next(iter(self._times))]
             steps = self.trajectory.steps[chunk * _CHUNK : (chunk + 1) * _CHUNK]
-            self._times[chunk] = self.trajectory.stage_times(steps).unbind()
-        return self._times[chunk][n % _CHUNK].unbind()
+            self._times[chunk] = self.trajectory.stage_times(steps)
+        return self._times[chunk][n % _CHUNK]
 
     def take(self, work: Workspace, n: int, start: Tensor, slope: Tensor | None) -> list[GeneratorStates | None]:
         """Take a step as far as the slopes that its stages are made of, into the rows of `work`.
@@ -93,7 +93,7 @@ def advance(
         if trajectory.hands_on_slope and (slope is None or not step.slope_handed_on):
             if (before := step.draws_before(0)) is not None:
                 field.generators.set(before)
-            slope = evaluate(trajectory.stage_times([step])[0, 0], state, **step.first_keywords)
+            slope = evaluate(trajectory.stage_times([step])[0][0], state, **step.first_keywords)
         if step.draws is not None:
             field.generators.set(step.draws)
         return trajectory.take_step(evaluate, step, state, slope)

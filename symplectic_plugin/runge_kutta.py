@@ -36,7 +36,7 @@ class Workspace:
         self._stage_weights = [self._scaled[i, :i] for i in range(s)]
         self.later = [[j for j in range(i + 1, s) if self.a[j][i] != 0] for i in range(s)]
         self._end_weights = [self._scaled[s, :i] for i in range(s + 1)]
-        self._partner_weights = [self._scaled[i + 1 : s, i] for i in range(s)]
+        self._partner_weights = [self._matrix[i + 1 : s, i].clone() for i in range(s)]
 
     def set_size(self, h: float) -> None:
         """Take the step's size."""
@@ -60,5 +60,5 @@ class Workspace:
         return torch.mv(self._before[stages], self._end_weights[stages])
 
     def partner(self, i: int) -> Tensor:
-        """h sum_{j > i} a_ji xi_j, flat, where the rows after i hold the xi instead of the slopes."""
+        """sum_{j > i} a_ji xi_j, flat, where the rows after i hold the xi instead of the slopes."""
         return torch.mv(self._after[i], self._partner_weights[i])

@@ -22,7 +22,7 @@ from .saved import graph_is_kept, states_for_hooks
 from .sweep import TimeCotangents, sweep_step
 from .trajectory import Trajectory
 from .vector_field import VectorField
-from .witness import Witness, gradients, refuse_third_derivatives
+from .witness import Witness, gradients, refuse_batches, refuse_third_derivatives
 
 
 def attach_step(
@@ -88,6 +88,7 @@ class _RecordedStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_batches(cotangents)
         step: _Step = ctx.step
         t, h, *saved = ctx.saved_tensors
         keep = graph_is_kept()
@@ -217,6 +218,7 @@ class _StepGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_third_derivatives()
+        refuse_batches(directions)
         record, field = ctx.step.record, ctx.step.record.field
         trajectory, (taken,) = record.trajectory, record.trajectory.steps
         saved = ctx.saved_tensors
@@ -231,7 +233,7 @@ class _StepGradient(torch.autograd.Function):
                 torch.tensor([value], dtype=torch.float64, device=field.device) if x is None else x.reshape(1).double()
                 for x, value in ((t, taken.t0), (h, taken.h))
             )
-            times, time = Times(starts, sizes, starts[:0]), trajectory.stage_times([taken])[0, 0]
+            times, time = Times(starts, sizes, starts[:0]), trajectory.stage_times([taken])[0][0]
             evaluated_again = taken.slope_handed_on and slope is None
             if evaluated_again:
                 slope = _leaf(field(time, start, {}))
@@ -293,7 +295,7 @@ def _add_loss_at_start(
     step = trajectory.steps[0]
     cotangent = torch.zeros_like(of_slope)
     cotangent[-1] = of_slope[-1]
-    time = trajectory.stage_times([step])[0, 0]
+    time = trajectory.stage_times([step])[0][0]
     evaluation = field.differentiable(time, state, {}, of_times is not None, sums.stand_ins)
     product, tau = field.vjp(evaluation, cotangent, sums, of_times is not None)
     if product is not None:

@@ -205,8 +205,8 @@ class _StepBack:
         given = self.given[begin + 1 : end + 1]
         weights, weighted = self.device_weights, [False] * s
         if has_outputs:
-            weights, weighted = weights[begin:end] * h, (self.weights[begin:end] != 0).any(0).tolist()
-        times = None if self.derivatives is None else _StepTimes(h, given, self.theta, self.derivatives, begin, end)
+            weights, weighted = weights[begin:end], (self.weights[begin:end] != 0).any(0).tolist()
+        times = None if self.derivatives is None else _StepTimes(given, self.theta, self.derivatives, begin, end)
 
         draws: list[GeneratorStates | None] = [None] * s
         if taken_again:
@@ -220,20 +220,22 @@ class _StepBack:
         nonzero = [False] * s
         first_slope_cotangent: Tensor | None = None
         for i in reversed(range(s)):
-            kappa: Tensor | None = None
+            rate: Tensor | None = None  # kappa_i / h, less phi: what the size of the step, which may be 0, acts through
             if any(nonzero[j] for j in work.later[i]):
-                kappa = work.partner(i)
+                rate = work.partner(i)
             if b[i] != 0:
-                kappa = adjoint * (h * b[i]) if kappa is None else kappa.add_(adjoint, alpha=h * b[i])
+                rate = adjoint * b[i] if rate is None else rate.add_(adjoint, alpha=b[i])
             if weighted[i]:
-                kappa = torch.mv(given.T, weights[:, i]) if kappa is None else kappa.addmv_(given.T, weights[:, i])
-            of_step = kappa
+                rate = torch.mv(given.T, weights[:, i]) if rate is None else rate.addmv_(given.T, weights[:, i])
+            kappa = rate
+            if rate is not None:
+                kappa = rate.mul_(h) if times is None else rate * h
             if (outside := slope_cotangents.get(i)) is not None:
                 kappa = outside if kappa is None else kappa + outside
 
             if i < handed_on:
                 if times is not None:
-                    times.add_slope(0, work.row[0], of_step)
+                    times.add_slope(0, work.row[0], rate)
                 first_slope_cotangent = kappa
                 break
             evaluation = None if graphs is None else graphs[i]
@@ -256,7 +258,7 @@ class _StepBack:
             if graphs is not None and not self.keep:
                 graphs[i] = None
             if times is not None and current is not None:
-                times.add_slope(i, current.reshape(-1), of_step)
+                times.add_slope(i, current.reshape(-1).to(work.rows.dtype), rate)
                 times.add_stage_time(work.c[i], tau)
             if slopes is not None:
                 slopes.put(i, current)
@@ -293,7 +295,7 @@ class _StepBack:
         """The same for a step whose stages were kept."""
         slopes.set_size(h)
         if handed_on and slopes.b[0] != 0:
-            if kept.stages is None or slopes.stages == 1 or slopes.a[1][0] == 0:
+            if kept.stages is None or slopes.stages == 1 or h * slopes.a[1][0] == 0:
                 return
             # The second stage is made of it alone.
             slopes.put(0, (kept.stages[0] - start) / (h * slopes.a[1][0]))
@@ -313,12 +315,11 @@ class _StepTimes:
     """The cotangents of one step's times, in the making.
 
     With tau_i the cotangent of stage i's time: that of the start is sum_i tau_i and that of the size
-    sum_i <k_i, kappa_i> / h + sum_i c_i tau_i, kappa_i less what comes from outside the step. An output at theta in the
-    step has the cotangent <g, dx/dtheta> / h, and takes it, and theta times it, from the two.
+    sum_i <k_i, rate_i> + sum_i c_i tau_i, with rate_i = kappa_i / h less what comes from outside the step. An output at
+    theta in the step has the cotangent <g, dx/dtheta> / h, and takes it, and theta times it, from the two.
     """
 
-    def __init__(self, h: float, given: Tensor, theta: Tensor, derivatives: Tensor, begin: int, end: int) -> None:
-        self.h = h
+    def __init__(self, given: Tensor, theta: Tensor, derivatives: Tensor, begin: int, end: int) -> None:
         self.given = given
         self.theta = theta[begin:end].tolist()
         self.derivatives = derivatives[begin:end].tolist()
@@ -330,10 +331,10 @@ class _StepTimes:
         """Whether slope i matters to the outputs' times, if to nothing else."""
         return any(row[i] != 0 for row in self.derivatives)
 
-    def add_slope(self, i: int, slope: Tensor, kappa: Tensor | None) -> None:
-        """Add what acts through slope i, flat, whose cotangent, without phi, is kappa."""
-        if kappa is not None:
-            self.size = self.size + _inner(kappa, slope) / self.h
+    def add_slope(self, i: int, slope: Tensor, rate: Tensor | None) -> None:
+        """Add what acts through slope i, flat, whose cotangent, without phi, is rate times the step's size."""
+        if rate is not None:
+            self.size = self.size + _inner(rate, slope)
         for m, (theta, row) in enumerate(zip(self.theta, self.derivatives, strict=True)):
             if row[i] != 0:
                 moved = row[i] * _inner(self.given[m], slope)

@@ -94,8 +94,8 @@ class Trajectory:
         hands_on_slope: whether the method takes each step's first slope from the step before.
         keywords: what the host passes to f at each stage, beside time and state.
         dense: the interpolant that made the outputs.
-        stage_times: the times of the stages of m steps, shape (m, s, *), on the state's device, in the shape and dtype
-            in which the host hands them to f. The first is that of the first slope, also where it was handed on.
+        stage_times: the times of the stages of some steps, on the state's device, in the shapes and dtypes in which the
+            host hands them to f. The first is that of the first slope, also where it was handed on.
         take_step: the host's step, `take_step(f, step, state, first slope)`: the state at its end, and the slope there
             if that is handed on.
         checkpoints: what is kept of the steps.
@@ -108,7 +108,7 @@ class Trajectory:
     hands_on_slope: bool
     keywords: list[dict[str, Any]]
     dense: DenseOutput
-    stage_times: Callable[[Sequence[Step]], Tensor]
+    stage_times: Callable[[Sequence[Step]], Sequence[Sequence[Tensor]]]
     take_step: TakeStep
     checkpoints: Checkpoints
     steps: list[Step] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,20 +99,28 @@ class VectorField:
         self._only = only
         self._held = Held(None)
         self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {"cpu", device.type}
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in {"cpu", device.type}
+            if torch.amp.is_autocast_available(kind)
         ]
         self._leaves = {id(tensor) for tensor in self.dependencies if tensor.is_leaf}
         self._edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
 
-    def discover(self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool = False) -> Evaluation | Any:
+    def discover(self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool = False) -> Evaluation:
         """Evaluate f with a graph: take what it is seen to depend on and what it holds into `dependencies`.
 
         Returns:
-            The evaluation; or what f returned, if that is no tensor.
+            The evaluation.
 
         Raises:
+            ValueError: if the state has no gradients, or f does not return a tensor of its shape.
             RuntimeError: if f depends on a tensor with a history that can't be found.
         """
+        if not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(
+                f"symplectic_adjoint: a state of {x.dtype} has no gradient: give the initial state in a floating-point "
+                "or complex dtype"
+            )
         self._held = held = Held(self.function)
         edges = {edge_of(tensor): tensor for tensor in held.tensors if not tensor.is_leaf}
         stops = self._edges | edges.keys()
@@ -119,12 +128,7 @@ class VectorField:
         evaluation = self.differentiable(t, x, keywords, want_time)
         slope = evaluation.slope
         self.draws = not self.generators.are_at(before)
-        if not isinstance(slope, Tensor):
-            return slope
-        # Under autocast f may return a less precise type than the state's.
-        self.rounding = max(
-            torch.finfo(kind).eps for kind in (x.dtype, slope.dtype) if kind.is_floating_point or kind.is_complex
-        )
+        self.rounding = max(self.rounding, _precision(x.dtype))
         found = graph_inputs(slope, evaluation.argument.grad_fn, stops)
         if found.older:
             with self.generators.kept():
@@ -221,7 +225,7 @@ class VectorField:
     def __call__(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         """The slope f(t, x), without a graph."""
         with torch.no_grad(), self._forward_autocast():
-            return self.function(t.detach(), x.detach(), **keywords).detach()
+            return self._checked(self.function(t.detach(), x.detach(), **keywords), x).detach()
 
     def differentiable(
         self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool, stand_ins: StandIns | None = None
@@ -246,7 +250,13 @@ class VectorField:
     def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, stand_ins: StandIns) -> Tensor:
         """The slope f(t, x), with its graph back to t, x and the dependencies or their stand-ins."""
         with torch.enable_grad(), self._forward_autocast(), stand_ins.substitution():
-            return self.function(t, x, **keywords)
+            return self._checked(self.function(t, x, **keywords), x)
+
+    def _checked(self, slope: Any, x: Tensor) -> Tensor:
+        """What f returned at state x, which may be of another kind than what it returned at first."""
+        slope = require_slope(slope, x)
+        self.rounding = max(self.rounding, _precision(slope.dtype))  # under autocast less than the state's
+        return slope
 
     def vjp(
         self, evaluation: Evaluation, cotangent: Tensor, sums: CotangentSums, want_time: bool, keep_graph: bool = False
@@ -282,7 +292,9 @@ class VectorField:
             slope, inputs, cotangent.to(slope.dtype), allow_unused=True, retain_graph=keep_graph
         )
         sums.add(grads[1 + want_time :])
-        return grads[0], grads[1] if want_time else None
+        tau = grads[1] if want_time else None
+        # torchdiffeq's adaptive methods make complex times for complex states.
+        return grads[0], tau.real if tau is not None and tau.is_complex() else tau
 
     def _strangers(self, evaluation: Evaluation, sums: CotangentSums) -> set[Any]:
         """Leaves that are neither known nor f's arguments, and older nodes, in the slope's graph.
@@ -329,9 +341,30 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """A context for the sweep's own arithmetic, which must not be done in half precision."""
     return (
         torch.autocast(device.type, enabled=False)
-        if torch.is_autocast_enabled(device.type)
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         else contextlib.nullcontext()
     )
+
+
+def require_slope(slope: Any, x: Tensor) -> Tensor:
+    """What is to be a slope at state x.
+
+    Raises:
+        ValueError: if it is not a tensor of the state's shape.
+    """
+    if not isinstance(slope, Tensor) or slope.shape != x.shape:
+        got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+        raise ValueError(
+            f"symplectic_adjoint: the vector field must return a tensor of the state's shape {tuple(x.shape)}, "
+            f"got {got}"
+        )
+    return slope
+
+
+@functools.cache
+def _precision(dtype: torch.dtype) -> float:
+    """The relative rounding error of a dtype, none for integers."""
+    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
 def _lost(what: str) -> str:

@@ -25,6 +25,19 @@ def refuse_transforms() -> None:
         )
 
 
+def refuse_batches(cotangents: Sequence[Tensor | None]) -> None:
+    """Refuse cotangents that are a batch of them: the sweep decides by the values of one.
+
+    Raises:
+        RuntimeError: in a backward pass of many cotangents at once.
+    """
+    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in cotangents):
+        raise RuntimeError(
+            "symplectic_adjoint: the backward pass takes one cotangent at a time: call torch.autograd.grad for each "
+            "instead of is_grads_batched=True, and torch.autograd.functional's functions with vectorize=False"
+        )
+
+
 class Witness:
     """Sees to it that the backward pass finds the vector field as the forward pass left it.
 

@@ -99,12 +99,7 @@ class RecordedField:
         evaluation = self.field.discover(t, y, keywords, self.want_time)
         if self.field.draws:
             self.first_draw = self.last_draw = self.draws = before
-        slope = getattr(evaluation, "slope", evaluation)
-        if not isinstance(slope, Tensor) or slope.shape != y.shape:
-            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-            raise ValueError(
-                f"symplectic_adjoint: func must return a tensor of the state's shape {tuple(y.shape)}, got {got}"
-            )
+        slope = evaluation.slope
         if torch.promote_types(slope.dtype, y.dtype) != y.dtype:
             raise ValueError(
                 f"symplectic_adjoint: func returned {slope.dtype} for a state of {y.dtype}: return the state's dtype, "
@@ -130,11 +125,12 @@ class StageTimes:
     dtype: torch.dtype
     device: torch.device
 
-    def __call__(self, steps: Sequence[Step]) -> Tensor:
+    def __call__(self, steps: Sequence[Step]) -> list[Sequence[Tensor]]:
         numbers = [(step.t0, step.t1, step.h) for step in steps]
         t0, t1, h = torch.tensor(numbers, dtype=self.solver_dtype).to(self.dtype).T[:, :, None]
         # As torchdiffeq does, so that a stage at the step's end is at t1 to the last bit.
-        return torch.where(self.c == 1, t1, t0 + self.c.to(self.dtype) * h).to(self.device)
+        times = torch.where(self.c == 1, t1, t0 + self.c.to(self.dtype) * h).to(self.device)
+        return [of_step.unbind() for of_step in times.unbind()]
 
 
 class _Recorder:

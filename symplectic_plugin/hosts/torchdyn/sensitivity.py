@@ -32,6 +32,11 @@ def install() -> None:
 
         def _autograd_func(self: Any, original: Any = original) -> Any:
             sensitivity = SENSITIVITIES.get(self.sensalg)
+            if sensitivity is None and str(self.sensalg).startswith("symplectic_adjoint"):
+                raise ValueError(
+                    f"symplectic_adjoint: there is no sensitivity {self.sensalg!r}. Use "
+                    'sensitivity="symplectic_adjoint", and choose the method by solver="rk4" and the like.'
+                )
             return original(self) if sensitivity is None else sensitivity(self)
 
         problem._autograd_func = functools.wraps(original)(_autograd_func)

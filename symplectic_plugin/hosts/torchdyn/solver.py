@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 import time
 import weakref
@@ -29,7 +30,7 @@ from ...step_gradient import attach_step
 from ...storage import storage
 from ...tableau import ButcherTableau, read_rounded_tableau
 from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
-from ...vector_field import Evaluation, VectorField
+from ...vector_field import Evaluation, VectorField, require_slope
 from ...witness import refuse_transforms
 from . import step_sizes
 from .methods import is_torchdyns, step_function, tableau_of
@@ -190,10 +191,16 @@ class _AdjointSteps:
         assert solve.field is not None
         assert solve.tableau is not None
         refuse_transforms()
+        t0, h = t.item(), dt.item()
+        if k1 is not None and (math.isnan(h) or not dt.is_floating_point()):
+            raise ValueError(
+                f"{_NAME}: a step at t = {t0} is to have the size {h}, of {dt.dtype}, with which torchdyn goes on for "
+                "ever: give floating-point times, and a vector field, initial state and tolerances that are finite"
+            )
         field, with_loss = solve.field, self.loss is not None
         wants_graphs = not with_loss and solve.checkpoints.wants_graphs(solve.tableau.stages)
         evaluate = _Evaluations(solve, with_loss, wants_graphs, t.requires_grad or dt.requires_grad)
-        given = None if k1 is None else k1.detach()
+        given = None if k1 is None else require_slope(k1, x).detach()
         begin = time.perf_counter()
         with torch.no_grad():
             _, end, error, *more = super().step(  # type: ignore[misc]
@@ -205,12 +212,12 @@ class _AdjointSteps:
         of_step_before = k1 is not None and getattr(k1, "symplectic_adjoint_state", lambda: None)() is x
         recomputed = (at_start or of_step_before) and not field.draws
         fresh = k1 is None or (recomputed and at_start)
-        t0, h = t.item(), dt.item()
         step = Step(t0, t0 + h, h, not fresh, {}, None, evaluate.draws)
         tableau = solve.tableau
-        if not t.dtype == dt.dtype == x.abs().dtype:
+        if h != 0 and not t.dtype == dt.dtype == x.abs().dtype:
             tableau = read_rounded_tableau(step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
-        stage_times = _StageTimes(tableau.c, t.shape, torch.promote_types(t.dtype, dt.dtype), t.device)
+        dtypes = [*([] if k1 is None else [t.dtype]), *evaluate.time_dtypes]
+        stage_times = _StageTimes(tableau.c.tolist(), t.shape, dtypes, t.device)
         trajectory = Trajectory(
             tableau, not fresh, [{}] * tableau.stages, NoOutputs(tableau.stages), stage_times,
             solve.step_alone(t.detach(), dt.detach(), args), solve.checkpoints, steps=[step],
@@ -339,8 +346,10 @@ class _Solve:
         report.checkpoint_bytes, report.graph_bytes = checkpoints.most_states, checkpoints.most_graphs
         report.budget_bytes = checkpoints.budget
 
-    def note_slope_at_start(self, slope: Tensor, state: Tensor) -> None:
+    def note_slope_at_start(self, slope: Any, state: Tensor) -> None:
         """Take note of a slope that was evaluated at a state, and will be handed to the step from there."""
+        if not isinstance(slope, Tensor):
+            return  # torchdyn, or the step, will say so
         self._slope_at_start = weakref.ref(slope), weakref.ref(state)
 
     def is_at_start(self, slope: Tensor | None, state: Tensor) -> bool:
@@ -372,10 +381,12 @@ class _Evaluations:
         self.with_loss = with_loss
         self.want_time = want_time
         self.draws: GeneratorStates | None = None
+        self.time_dtypes: list[torch.dtype] = []
         self.stages: list[Tensor] = []
         self.graphs: list[Evaluation | None] | None = [] if with_graphs else None
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        self.time_dtypes.append(t.dtype)
         field = self.solve.field
         assert field is not None
         field.report.evaluations += 1
@@ -403,29 +414,27 @@ class _Evaluations:
         evaluation = field.discover(t, argument, {}, self.want_time)
         self.draws = before if field.draws else None
         solve.discovered = True
-        slope = getattr(evaluation, "slope", evaluation)
-        if not isinstance(slope, Tensor) or slope.shape != argument.shape:
-            got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-            raise ValueError(
-                f"{_NAME}: the vector field must return a tensor of the state's shape {tuple(x.shape)}, got {got}"
-            )
         assert solve.tableau is not None
         solve.checkpoints.measure(field, evaluation, argument, solve.tableau.stages, field.draws, outputs=2)
         if field.stand_ins or not solve.checkpoints.wants_graphs(solve.tableau.stages):
             self.graphs = None
-        return slope.detach(), evaluation
+        return evaluation.slope.detach(), evaluation
 
 
 class _StageTimes:
     """The times that torchdyn hands to f in a step."""
 
-    def __init__(self, c: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, c: list[float], shape: torch.Size, dtypes: list[torch.dtype], device: torch.device) -> None:
         self.c = c
         self.shape = shape
-        self.dtype = dtype
+        self.dtypes = dtypes  # coefficients in double precision make a time of it of one in single precision
         self.device = device
 
-    def __call__(self, steps: Sequence[Step]) -> Tensor:
-        (step,) = steps
-        times = torch.tensor(step.t0, dtype=self.dtype) + (self.c * step.h).to(self.dtype)
-        return times.view(1, -1, *[1] * len(self.shape)).expand(1, -1, *self.shape).to(self.device)
+    def __call__(self, steps: Sequence[Step]) -> list[list[Tensor]]:
+        return [
+            [
+                torch.full(self.shape, step.t0, dtype=dtype, device=self.device) + c * step.h
+                for c, dtype in zip(self.c, self.dtypes, strict=True)
+            ]
+            for step in steps
+        ]
