@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .binomial import positions, reversed_states
+from .step_graph import StepGraph
 from .storage import DeviceMemory, Storage
 from .vector_field import Evaluation, VectorField
 
@@ -45,7 +46,7 @@ class Kept:
         state: the state at its start.
         slope: the slope there, if it was handed on and can't be evaluated again.
         stages: the states of its stages, flat, the first of them left out.
-        graphs: the evaluations of f at its stages, None for one that is not there.
+        graph: its graph.
         step: whatever `Advance` knows the step by.
         end: the state at its end, as long as no step follows that keeps it.
 
@@ -54,7 +55,7 @@ class Kept:
     """
 
     __slots__ = (
-        "__weakref__", "_checkpoints", "end", "graphs", "graphs_size", "index", "previous", "size", "slope", "stages",
+        "__weakref__", "_checkpoints", "end", "graph", "graph_size", "index", "previous", "size", "slope", "stages",
         "stages_size", "state", "step",
     )  # fmt: skip
 
@@ -64,7 +65,7 @@ class Kept:
         state: Tensor,
         slope: Tensor | None,
         stages: list[Tensor] | None,
-        graphs: list[Evaluation | None] | None,
+        graph: StepGraph | None,
         step: Any = None,
         end: Tensor | None = None,
     ) -> None:
@@ -76,9 +77,9 @@ class Kept:
         self.state: Any = state
         self.slope: Any = slope
         self.stages = stages
-        self.graphs = graphs
+        self.graph = graph
         self.step = step
-        self.size = self.stages_size = self.graphs_size = 0
+        self.size = self.stages_size = self.graph_size = 0
         self._checkpoints: weakref.ref[Checkpoints] | None = None
 
     def __del__(self) -> None:
@@ -115,7 +116,8 @@ class Checkpoints:
         self.storage = storage or DeviceMemory()
         self._me = weakref.ref(self)
         self.used = self.most_states = self.most_graphs = 0
-        self.working = self.evaluation = self._state = self._nodes = 0
+        self.working = self.evaluation = self._state = 0
+        self._measured = (-1, 0)
         self._states_alone = policy == "steps"
         self._budget = budget
         self._graph_bytes = self._state_bytes = 0
@@ -164,7 +166,7 @@ class Checkpoints:
         # Beside a graph: what its backward pass makes; the sums of gradients, and those to be added; the slopes of a
         # step, and what the host makes of them; the outputs and their cotangents.
         self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (2 * stages + 12 + 2 * outputs) * size
-        self.evaluation, self._nodes = sum(sizes) + size, evaluation.nodes
+        self.evaluation = sum(sizes) + size
         self._state = size * (2 if keeps_slope else 1) if self.storage.on_device else 0
         field.report.evaluation_bytes = sum(sizes)
         if self._budget is not None and self._room() < self._least(steps) * self._state:
@@ -176,9 +178,11 @@ class Checkpoints:
             if steps > snapshots:
                 self._positions = positions(steps, snapshots)
 
-    def size_of(self, field: VectorField, evaluation: Evaluation) -> int:
-        """The bytes that an evaluation keeps. With as many nodes as the first it is taken to be as large."""
-        return self.evaluation if evaluation.nodes == self._nodes else sum(field.memory_of(evaluation))
+    def size_of(self, graph: StepGraph) -> int:
+        """The bytes that a step's graph keeps. With as many nodes as the one before it is taken to be as large."""
+        if graph.nodes != self._measured[0]:
+            self._measured = graph.nodes, sum(graph.field.memory_of(graph))
+        return self._measured[1]
 
     def wants_graphs(self, evaluations: int, remaining: int = 0) -> bool:
         """Whether there is room for the graphs of the step to come and of those that will follow it.
@@ -198,12 +202,12 @@ class Checkpoints:
             return False
         return self.policy in ("auto", "stages")
 
-    def add(self, kept: Kept, graphs_size: int = 0) -> None:
+    def add(self, kept: Kept, graph_size: int = 0) -> None:
         """Keep a step, and drop what there is no room for.
 
         Args:
             kept: the step.
-            graphs_size: the bytes of its graphs.
+            graph_size: the bytes of its graphs.
 
         Raises:
             ValueError: if there is no room, and nothing that may be dropped.
@@ -219,8 +223,8 @@ class Checkpoints:
             self._count_state(kept, _bytes(state) + (0 if slope is None else _bytes(slope)))
         me = weakref.ref(kept)
         self._kept.append(me)
-        if kept.graphs is not None:
-            self._count_graphs(kept, graphs_size)
+        if kept.graph is not None:
+            self._count_graphs(kept, graph_size)
             self._with_graphs.append(me)
         elif kept.stages is not None:
             self._count_stages(kept, sum(map(_bytes, kept.stages)))
@@ -258,7 +262,7 @@ class Checkpoints:
     def release(self, kept: Kept) -> None:
         """Keep nothing of a step any more."""
         self._drop_state(kept)
-        kept.stages = kept.graphs = kept.end = None
+        kept.stages = kept.graph = kept.end = None
         self._count_stages(kept, 0)
         self._count_graphs(kept, 0)
 
@@ -267,8 +271,8 @@ class Checkpoints:
         live = [kept for ref in self._kept if (kept := ref()) is not None]
         if not live:
             return "nothing"
-        graphs = sum(kept.graphs is not None for kept in live)
-        stages = sum(kept.stages is not None and kept.graphs is None for kept in live)
+        graphs = sum(kept.graph is not None for kept in live)
+        stages = sum(kept.stages is not None and kept.graph is None for kept in live)
         states = sum(kept.state is not None for kept in live)
         parts = [f"states of {states}"]
         parts += [f"stages of {stages}"] if stages else []
@@ -313,12 +317,13 @@ class Checkpoints:
     def _drop(self) -> None:
         """Make room."""
         if (kept := _oldest(self._with_graphs)) is not None:
-            stages = [None if graph is None else graph.leaf.detach().reshape(-1) for graph in kept.graphs or ()]
-            kept.graphs = None
+            assert kept.graph is not None
+            stages = [stage.detach().reshape(-1) for stage in kept.graph.stages[1:]]
+            kept.graph = None
             self._count_graphs(kept, 0)
-            if self.wants_stages() and all(stage is not None for stage in stages[1:]):
-                kept.stages = [stage for stage in stages[1:] if stage is not None]
-                self._count_stages(kept, sum(map(_bytes, kept.stages)))
+            if self.wants_stages():
+                kept.stages = stages
+                self._count_stages(kept, sum(map(_bytes, stages)))
                 self._with_stages.append(weakref.ref(kept))
         elif self.policy != "stages" and (kept := _oldest(self._with_stages)) is not None:
             kept.stages = None
@@ -385,9 +390,9 @@ class Checkpoints:
         self.most_states = max(self.most_states, self.used - self._graph_bytes)
 
     def _count_graphs(self, kept: Kept, size: int) -> None:
-        self.used += size - kept.graphs_size
-        self._graph_bytes += size - kept.graphs_size
-        kept.graphs_size = size
+        self.used += size - kept.graph_size
+        self._graph_bytes += size - kept.graph_size
+        kept.graph_size = size
         self.most_graphs = max(self.most_graphs, self._graph_bytes)
 
     def _refuse(self, least: float) -> None:
@@ -401,7 +406,7 @@ class Checkpoints:
 
 def _oldest(refs: deque[weakref.ref[Kept]]) -> Kept | None:
     while refs:
-        if (kept := refs.popleft()()) is not None and (kept.graphs is not None or kept.stages is not None):
+        if (kept := refs.popleft()()) is not None and (kept.graph is not None or kept.stages is not None):
             return kept
     return None
 

@@ -189,6 +189,8 @@ def _kept(value: Any) -> Callable[[], Any] | None:
 def _parts(item: object) -> tuple[list[_Holder], list[object]]:
     """What can be replaced in a callable or a container, as far as it matters here, and what else it is made of."""
     holders: list[_Holder] = []
+    if isinstance(item, dict | list | tuple | set | frozenset) and not item:
+        return holders, []  # most of what a module is made of: there is nothing to be put back
     if item is None or isinstance(item, str | bytes | int | float | complex | type | types.ModuleType):
         return holders, []
     if isinstance(item, dict | list | tuple | set | frozenset) and len(item) > _MOST_OBJECTS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,39 +43,34 @@ class GraphInputs:
     older: list[Any] = field(default_factory=list)
 
 
-def graph_inputs(value: Tensor, start: Any, stops: Set[Edge], known: Container[Any] = ()) -> GraphInputs:
-    """Walk the graph that one evaluation of f made, back to what it depends on.
+def graph_inputs(values: Sequence[Tensor], start: Any, stops: Set[Edge], known: Iterable[Any] = ()) -> GraphInputs:
+    """Walk the graph that evaluations of f made, back to what it depends on.
 
     Args:
-        value: what f returned.
-        start: a node made just before f was called: nodes with smaller numbers are not f's, or another thread's.
+        values: what they returned, or what was made of that.
+        start: a node made just before: nodes with smaller numbers are not f's, or another thread's.
         stops: edges not to look behind.
         known: nodes to be passed over.
     """
     found = GraphInputs()
-    if value.grad_fn is None:
-        return found
     first = start._sequence_nr()
-    seen = {start}
-    level: list[Edge] = [edge_of(value)]
+    seen = {start, None, *known}
+    level: list[Edge] = [edge_of(value) for value in values]
+    # Level by level, and with no more work for a node than needed: this is done for each backward pass through f.
     while level:
         following: list[Edge] = []
         for edge in level:
             node = edge[0]
-            if node is None or node in known:
-                continue
             if stops and edge in stops:
                 found.edges.add(edge)
-                continue
-            if node in seen:
-                continue
-            seen.add(node)
-            if type(node) is _Accumulator:
-                found.leaves.append(node.variable)
-            elif node._sequence_nr() < first:
-                found.older.append(node)
-            else:
-                following += node.next_functions
+            elif node not in seen:
+                seen.add(node)
+                if type(node) is _Accumulator:
+                    found.leaves.append(node.variable)
+                elif node._sequence_nr() < first:
+                    found.older.append(node)
+                else:
+                    following += node.next_functions
         level = following
     return found
 

@@ -24,7 +24,8 @@ from .cotangents import CotangentSums
 from .randomness import GeneratorStates
 from .retake import Retaker
 from .runge_kutta import Workspace
-from .trajectory import Trajectory
+from .step_graph import StepGraph
+from .trajectory import Step, Trajectory
 from .vector_field import VectorField
 
 
@@ -197,23 +198,38 @@ class _StepBack:
         stage_times, keywords = self.retaker.stage_times(n), trajectory.stage_keywords(step)
         start = state.reshape(-1).to(work.rows.dtype)
         # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
-        graphs = kept.graphs if self.graphs_hold and work.stages == trajectory.tableau.stages else None
-        if graphs is not None and None in graphs[1:]:  # an error ended the sweep before this one in this step
-            graphs = None
         stages = None if step.draws is not None or work.stages > trajectory.tableau.stages else kept.stages
-        taken_again = graphs is None and stages is None
+        taken_again = stages is None
         given = self.given[begin + 1 : end + 1]
         weights, weighted = self.device_weights, [False] * s
         if has_outputs:
             weights, weighted = weights[begin:end], (self.weights[begin:end] != 0).any(0).tolist()
         times = None if self.derivatives is None else _StepTimes(given, self.theta, self.derivatives, begin, end)
 
+        if kept.graph is not None and self.graphs_hold and times is None and work is self.plain:
+            pulled = self._pull(kept.graph, step, adjoint, given, weights, weighted, slope_cotangents)
+            if pulled is not None:
+                before, of_slope = pulled
+                self.following = state
+                if of_slope is None or step.slope_handed_on:
+                    return before, of_slope, None
+                # The first slope was evaluated outside the step, at its start.
+                evaluation = kept.graph.first if kept.graph is not None else None
+                if evaluation is None:
+                    if (draw := step.draws_before(0)) is not None:
+                        field.generators.set(draw)
+                    evaluation = field.differentiable(stage_times[0], state, keywords[0], False, self.sums.stand_ins)
+                    report.recomputed += 1
+                product, _ = field.vjp(evaluation, of_slope.view(shape), self.sums, False, self.keep)
+                report.vjps += 1
+                return before if product is None else before + product.reshape(-1), None, None
+
         draws: list[GeneratorStates | None] = [None] * s
         if taken_again:
             draws = self.retaker.take(work, n, start, slope)
         elif times is not None and step.slope_handed_on:
             work.put(0, field(stage_times[0], state, keywords[0]) if slope is None else slope)
-        slopes = self._slopes_of(kept) if graphs is None and not taken_again else None
+        slopes = None if taken_again else self._slopes_of(kept)
 
         handed_on = 1 if step.slope_handed_on else 0
         last = trajectory.tableau.stages - 1
@@ -238,25 +254,20 @@ class _StepBack:
                     times.add_slope(0, work.row[0], rate)
                 first_slope_cotangent = kappa
                 break
-            evaluation = None if graphs is None else graphs[i]
             current = product = tau = None
             if kappa is not None or (times is not None and times.needs_slope(i)):
-                if evaluation is None:
-                    at = stages[i - 1] if stages is not None and i > 0 else work.stage(start, i)
-                    if (draw := draws[i] if taken_again else step.draws_before(i)) is not None:
-                        field.generators.set(draw)
-                    evaluation = field.differentiable(
-                        stage_times[i], at.view(shape), keywords[i], times is not None, self.sums.stand_ins
-                    )
-                    report.recomputed += 1
+                at = stages[i - 1] if stages is not None and i > 0 else work.stage(start, i)
+                if (draw := draws[i]) is not None:
+                    field.generators.set(draw)
+                evaluation = field.differentiable(
+                    stage_times[i], at.view(shape), keywords[i], times is not None, self.sums.stand_ins
+                )
+                report.recomputed += 1
                 current = evaluation.slope.detach()
                 if kappa is not None:
-                    keep_graph = self.keep and graphs is not None
-                    product, tau = field.vjp(evaluation, kappa.view(shape), self.sums, times is not None, keep_graph)
+                    product, tau = field.vjp(evaluation, kappa.view(shape), self.sums, times is not None)
                     report.vjps += 1
-            evaluation = None
-            if graphs is not None and not self.keep:
-                graphs[i] = None
+                del evaluation
             if times is not None and current is not None:
                 times.add_slope(i, current.reshape(-1).to(work.rows.dtype), rate)
                 times.add_stage_time(work.c[i], tau)
@@ -275,6 +286,34 @@ class _StepBack:
         if any(nonzero):
             adjoint = adjoint + work.rows[handed_on:s].sum(0)
         return adjoint, first_slope_cotangent, times
+
+    def _pull(
+        self,
+        graph: StepGraph,
+        step: Step,
+        adjoint: Tensor,
+        given: Tensor,
+        weights: Tensor,
+        weighted: list[bool],
+        slope_cotangents: Mapping[int, Tensor | None],
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The same by the graph that was kept of the step; None if that can't be used."""
+        cotangents: dict[int, Tensor] = {
+            i: torch.mv(given.T, weights[:, i]).mul_(step.h) for i, is_weighted in enumerate(weighted) if is_weighted
+        }
+        for i, outside in slope_cotangents.items():
+            if outside is not None:
+                cotangents[i] = cotangents[i] + outside if i in cotangents else outside
+        shaped = [(i, cotangent.view(self.shape)) for i, cotangent in cotangents.items()]
+        pulled = graph.pull(adjoint.view(self.shape), shaped, self.sums, self.keep)
+        if pulled is None:
+            return None
+        self.field.report.vjps += len(graph.slopes) - (graph.first_slope is not None)
+        of_state, of_slope = (None if x is None else x.reshape(-1) for x in pulled)
+        before = adjoint if of_state is None else of_state
+        if len(given):
+            before = before + given.sum(0)
+        return before, of_slope
 
     def _slopes_of(self, kept: Kept) -> Workspace | None:
         """Where the slopes of a step are put whose stages were kept."""

@@ -11,6 +11,7 @@ A Runge-Kutta step of size h from x_n at t_n, for dx/dt = f(t, x):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,11 @@ class ButcherTableau:
     def stages(self) -> int:
         """The number of stages, s."""
         return self.b.numel()
+
+    @functools.cached_property
+    def numbers(self) -> tuple[list[list[float]], list[float]]:
+        """a and b as Python's numbers."""
+        return self.a.tolist(), self.b.tolist()
 
     @property
     def explicit(self) -> bool:

@@ -40,13 +40,6 @@ class Evaluation:
     keywords: Keywords
     slope: Tensor
 
-    @property
-    def nodes(self) -> int:
-        """How many nodes were made for the graph, in this thread."""
-        if self.slope.grad_fn is None:
-            return 0
-        return self.slope.grad_fn._sequence_nr() - self.argument.grad_fn._sequence_nr()  # type: ignore[union-attr]
-
     def storages(self) -> dict[int, int]:
         """The memory that it holds: the size in bytes of each storage, by its address."""
         storages = saved_storages(self.slope)
@@ -129,11 +122,11 @@ class VectorField:
         slope = evaluation.slope
         self.draws = not self.generators.are_at(before)
         self.rounding = max(self.rounding, _precision(x.dtype))
-        found = graph_inputs(slope, evaluation.argument.grad_fn, stops)
+        found = graph_inputs([slope], evaluation.argument.grad_fn, stops)
         if found.older:
             with self.generators.kept():
                 second = self.differentiable(t, x, keywords, want_time)
-            again = graph_inputs(second.slope, second.argument.grad_fn, stops)
+            again = graph_inputs([second.slope], second.argument.grad_fn, stops)
             if lost := set(found.older) & set(again.older):  # else they were made in another thread
                 raise RuntimeError(_lost(f"that was computed from others before the solve, by {lost.pop().name()}"))
         held_leaves = [tensor for tensor in held.tensors if tensor.is_leaf]
@@ -167,9 +160,9 @@ class VectorField:
         """The leaves that have to stand in for dependencies, as these are now."""
         return StandIns((*self.dependencies, *self.left_out), self.dependencies)
 
-    def memory_of(self, evaluation: Evaluation) -> list[int]:
-        """The bytes of each storage that an evaluation keeps, less what is there without it."""
-        return [size for address, size in evaluation.storages().items() if address not in self._lasting]
+    def memory_of(self, graph: Any) -> list[int]:
+        """The bytes of each storage that an evaluation or a step keeps with its graph, less what is there anyway."""
+        return [size for address, size in graph.storages().items() if address not in self._lasting]
 
     def _refuse_own_state(self, slope: Tensor, t: Tensor, x: Tensor, keywords: Keywords) -> None:
         """Refuse an f whose value depends on a tensor that it changes whenever it is evaluated.
@@ -279,32 +272,41 @@ class VectorField:
         slope = evaluation.slope
         if not slope.requires_grad:
             return None, None
-        leaf, t = evaluation.leaf, evaluation.time
-        if strangers := self._strangers(evaluation, sums):
+        want_time = want_time and evaluation.time.requires_grad
+        leaves = [evaluation.leaf, evaluation.time] if want_time else [evaluation.leaf]
+        if strangers := self.strangers([slope], evaluation.argument.grad_fn, leaves, sums):
             # f may make leaves of its own, and nodes in other threads: those are new ones in each evaluation.
             with self.generators.kept():
-                again = self.differentiable(t, leaf, evaluation.keywords, want_time, sums.stand_ins)
-            if strangers & self._strangers(again, sums):
+                again = self.differentiable(
+                    evaluation.time, evaluation.leaf, evaluation.keywords, want_time, sums.stand_ins
+                )
+            own = (again.leaf, again.time)
+            if strangers & self.strangers([again.slope], again.argument.grad_fn, own, sums):
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
-        want_time = want_time and t.requires_grad
-        inputs = [leaf, t, *sums.inputs] if want_time else [leaf, *sums.inputs]
         grads = torch.autograd.grad(
-            slope, inputs, cotangent.to(slope.dtype), allow_unused=True, retain_graph=keep_graph
+            slope, [*leaves, *sums.inputs], cotangent.to(slope.dtype), allow_unused=True, retain_graph=keep_graph
         )
-        sums.add(grads[1 + want_time :])
+        sums.add(grads[len(leaves) :])
         tau = grads[1] if want_time else None
         # torchdiffeq's adaptive methods make complex times for complex states.
         return grads[0], tau.real if tau is not None and tau.is_complex() else tau
 
-    def _strangers(self, evaluation: Evaluation, sums: CotangentSums) -> set[Any]:
-        """Leaves that are neither known nor f's arguments, and older nodes, in the slope's graph.
+    def strangers(
+        self, outputs: Sequence[Tensor], start: Any, leaves: Sequence[Tensor], sums: CotangentSums
+    ) -> set[Any]:
+        """Leaves that are neither known nor f's arguments, and older nodes, in graphs of f.
+
+        Args:
+            outputs: what the graphs are of.
+            start: a node made just before them.
+            leaves: where they end, beside the dependencies.
+            sums: holds what stands in for dependencies.
 
         Raises:
-            RuntimeError: if it has a tensor that was to be replaced by its stand-in.
+            RuntimeError: if they have a tensor that was to be replaced by its stand-in.
         """
-        slope, replaced = evaluation.slope, sums.stand_ins.replaced
-        known = () if sums.stand_ins else self._accumulators
-        found = graph_inputs(slope, evaluation.argument.grad_fn, self._edges, known)
+        replaced = sums.stand_ins.replaced
+        found = graph_inputs(outputs, start, self._edges, () if sums.stand_ins else self._accumulators)
         if replaced and (not replaced.isdisjoint(found.edges) or not replaced.isdisjoint(map(id, found.leaves))):
             raise RuntimeError(
                 "symplectic_adjoint: the vector field uses a tensor with hooks, or one computed from others that it "
@@ -312,7 +314,7 @@ class VectorField:
                 "inside), so its gradient can't be told apart. Remove the hooks, or use it through torch operations."
             )
         if found.leaves:
-            own = {id(tensor) for tensor in (evaluation.leaf, evaluation.time, *sums.inputs)}
+            own = {id(tensor) for tensor in (*leaves, *sums.inputs)}
             found.leaves = [leaf for leaf in found.leaves if id(leaf) not in own and id(leaf) not in self._leaves]
         return {*referenced(found.leaves), *found.older}
 

@@ -19,6 +19,7 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _runge_kutt
 from ...checkpoints import Checkpoints, Kept
 from ...randomness import GeneratorStates
 from ...replay import Times
+from ...step_graph import StepGraph
 from ...trajectory import Step, TakeStep, Trajectory
 from ...vector_field import Evaluation, Keywords, VectorField
 from .methods import hands_on_slope, read_dense_output, read_method
@@ -49,20 +50,19 @@ class RecordedField:
         self.draws: GeneratorStates | None = None
         self.last_draw: GeneratorStates | None = None
         self.first_draw: GeneratorStates | None = None
-        # The evaluation with a graph that gave the solve's first slope; those of this step, how many it will make, and
-        # whether their graphs are to be kept.
+        # The evaluation that gave the solve's first slope; the states of this step's stages, how many it will evaluate,
+        # and its graph, if that is to be kept.
         self.first: Evaluation | None = None
         self.stages: list[Tensor] = []
-        self.graphs: list[Evaluation | None] = []
         self.expected = 0
-        self.with_graphs = False
+        self.graph: StepGraph | None = None
 
-    def begin_step(self, evaluations: int, with_graphs: bool) -> None:
+    def begin_step(self, evaluations: int, graph: StepGraph | None) -> None:
         """Forget what was noted of the evaluations before."""
         self.evaluated_after_jump = False
         self.draws = None
-        self.stages, self.graphs = [], []
-        self.expected, self.with_graphs = evaluations, with_graphs
+        self.stages = []
+        self.expected, self.graph = evaluations, graph
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.func, name)  # the callbacks
@@ -74,25 +74,19 @@ class RecordedField:
         field = self.field
         field.report.evaluations += 1
         in_step = len(self.stages) < self.expected
-        evaluation: Evaluation | None = None
         if self.on_discovery is not None:
-            slope, evaluation = self._discover(t, y, keywords)
-            self.first = None if in_step else evaluation
+            slope = self._discover(t, y, keywords, in_step)
         else:
             if field.draws:
                 self.last_draw = field.generators.states()
                 self.draws = self.draws or self.last_draw
-            if in_step and self.with_graphs:
-                evaluation = field.differentiable(t, y, keywords, self.want_time)
-                slope = evaluation.slope.detach()
-            else:
-                slope = field(t, y, keywords)
+            graph = self.graph if in_step else None
+            slope = field(t, y, keywords) if graph is None else graph.evaluate(t, y, keywords)
         if in_step:
             self.stages.append(y)
-            self.graphs.append(evaluation)
         return slope
 
-    def _discover(self, t: Tensor, y: Tensor, keywords: Keywords) -> tuple[Tensor, Evaluation | None]:
+    def _discover(self, t: Tensor, y: Tensor, keywords: Keywords, in_step: bool) -> Tensor:
         assert self.on_discovery is not None
         begin, self.on_discovery = self.on_discovery, None
         before = self.field.generators.states()
@@ -106,7 +100,13 @@ class RecordedField:
                 "or give y0 in the wider one"
             )
         begin(evaluation)
-        return slope.detach(), None if self.field.stand_ins else evaluation
+        if not self.field.stand_ins:
+            self.first = None if in_step else evaluation
+            if self.graph is not None:
+                self.graph.take(evaluation)
+        else:
+            self.graph = None
+        return slope.detach()
 
 
 @dataclass(frozen=True)
@@ -189,37 +189,46 @@ class _Recorder:
             checkpoints.measure(
                 field, evaluation, self.y0, tableau.stages, slope_kept or (handed_on and field.draws), outputs, steps
             )
-            self.func.with_graphs = self._wants_graphs()
+            if not self._wants_graph():
+                self.func.graph = None
 
         self.func.on_discovery = begin
 
-    def _wants_graphs(self) -> bool:
+    def _wants_graph(self) -> bool:
         assert self.trajectory is not None
+        if self.func.want_time:
+            return False  # it has no times in it
         remaining = 0 if self._planned is None else self._planned - len(self.trajectory.steps) - 1
         return self.checkpoints.wants_graphs(self._evaluations, remaining)
 
-    def begin_step(self) -> None:
-        """Begin a step, or another attempt at it."""
+    def begin_step(self, start: Tensor, first_slope: Tensor | None, h: Tensor | None) -> None:
+        """Begin a step, or another attempt at it.
+
+        Args:
+            start: the state at its start.
+            first_slope: the slope there, if it is not evaluated in the step.
+            h: its size, None if that is not known yet.
+        """
         if self.trajectory is not None:
-            self.func.begin_step(self._evaluations, self._wants_graphs())
+            graph = None
+            if h is not None and self._wants_graph():
+                graph = StepGraph(self.func.field, self.trajectory.tableau, start, float(h), first_slope)
+            self.func.begin_step(self._evaluations, graph)
 
     def note(self, step: Step, state: Tensor, slope: Tensor | None) -> None:
         """Add an accepted step to the trajectory, with the state at its start and, if it has to be kept, the slope."""
         trajectory, checkpoints, func = self.trajectory, self.checkpoints, self.func
         assert trajectory is not None
         stages: list[Tensor] | None = None
-        graphs: list[Evaluation | None] | None = None
-        size = 0
-        if func.with_graphs:
-            graphs = func.graphs
-            if trajectory.hands_on_slope:  # the first was evaluated before
-                graphs = [None if step.slope_handed_on else func.first, *graphs]
-            size = sum(checkpoints.size_of(func.field, graph) for graph in graphs if graph is not None)
+        graph, size = func.graph, 0
+        if graph is not None:
+            graph.first = None if step.slope_handed_on else func.first
+            size = checkpoints.size_of(graph)
         elif checkpoints.wants_stages():
             stages = [stage.reshape(-1) for stage in func.stages[0 if trajectory.hands_on_slope else 1 :]]
-        func.first, func.stages, func.graphs = None, [], []
+        func.first, func.stages, func.graph = None, [], None
         previous = trajectory.kept[-1] if trajectory.kept else None
-        kept = Kept(previous, state, slope, stages, graphs, len(trajectory.kept))
+        kept = Kept(previous, state, slope, stages, graph, len(trajectory.kept))
         trajectory.steps.append(step)
         trajectory.kept.append(kept)
         checkpoints.add(kept, size)
@@ -307,7 +316,9 @@ class Adaptive(_Recorder):
         return take_step
 
     def _adaptive_step(self, rk_state: Any) -> Any:
-        self.begin_step()
+        # Where a step may be cut short, its size is not known yet.
+        uncut = self.trajectory is not None and not len(self.step_t) and not len(self.jump_t)
+        self.begin_step(rk_state.y1, rk_state.f1, self._proposed_size(rk_state.dt) if uncut else None)
         new = super()._adaptive_step(rk_state)  # type: ignore[misc]
         if self.trajectory is None:
             return new
@@ -426,7 +437,7 @@ class FixedGrid(_Recorder):
         return y0 + dy
 
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
-        self.begin_step()
+        self.begin_step(y0, None, dt)
         result = super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
         if (trajectory := self.trajectory) is not None:
             if self._grid is None:

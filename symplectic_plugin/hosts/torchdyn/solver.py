@@ -27,10 +27,11 @@ from ...randomness import Generators, GeneratorStates
 from ...report import new_report
 from ...saved import hooks_are_active
 from ...step_gradient import attach_step
+from ...step_graph import StepGraph
 from ...storage import storage
 from ...tableau import ButcherTableau, read_rounded_tableau
 from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
-from ...vector_field import Evaluation, VectorField, require_slope
+from ...vector_field import VectorField, require_slope
 from ...witness import refuse_transforms
 from . import step_sizes
 from .methods import is_torchdyns, step_function, tableau_of
@@ -198,9 +199,13 @@ class _AdjointSteps:
                 "ever: give floating-point times, and a vector field, initial state and tolerances that are finite"
             )
         field, with_loss = solve.field, self.loss is not None
-        wants_graphs = not with_loss and solve.checkpoints.wants_graphs(solve.tableau.stages)
-        evaluate = _Evaluations(solve, with_loss, wants_graphs, t.requires_grad or dt.requires_grad)
         given = None if k1 is None else require_slope(k1, x).detach()
+        graph: StepGraph | None = None
+        # There are no times in it, nor coefficients as one step rounds them.
+        plain = not with_loss and not t.requires_grad and not dt.requires_grad and t.dtype == dt.dtype == x.abs().dtype
+        if plain and solve.checkpoints.wants_graphs(solve.tableau.stages):
+            graph = StepGraph(field, solve.tableau, x, h, given)
+        evaluate = _Evaluations(solve, with_loss, graph, t.requires_grad or dt.requires_grad)
         begin = time.perf_counter()
         with torch.no_grad():
             _, end, error, *more = super().step(  # type: ignore[misc]
@@ -258,17 +263,12 @@ class _AdjointSteps:
         assert field is not None
         previous = None if self.loss is not None else getattr(x, "symplectic_adjoint_step", lambda: None)()
         stages: list[Tensor] | None = None
-        graphs: list[Evaluation | None] | None = None
-        size = 0
-        if evaluate.graphs is not None:
-            graphs = [None, *evaluate.graphs] if given else list(evaluate.graphs)
-            if None in graphs[1:]:
-                graphs = None
-            else:
-                size = sum(checkpoints.size_of(field, graph) for graph in graphs if graph is not None)
-        if graphs is None and self.loss is None and checkpoints.wants_stages():
+        graph, size = evaluate.graph, 0
+        if graph is not None:
+            size = checkpoints.size_of(graph)
+        elif self.loss is None and checkpoints.wants_stages():
             stages = [stage.reshape(-1) for stage in evaluate.stages[0 if given else 1 :]]
-        kept = Kept(previous, x, slope, stages, graphs, trajectory, end)
+        kept = Kept(previous, x, slope, stages, graph, trajectory, end)
         checkpoints.add(kept, size)
         return kept
 
@@ -376,14 +376,14 @@ class _WithLoss:
 class _Evaluations:
     """The vector field as a step calls it: without graphs, but for those that are kept or show what it depends on."""
 
-    def __init__(self, solve: _Solve, with_loss: bool, with_graphs: bool, want_time: bool) -> None:
+    def __init__(self, solve: _Solve, with_loss: bool, graph: StepGraph | None, want_time: bool) -> None:
         self.solve = solve
         self.with_loss = with_loss
         self.want_time = want_time
         self.draws: GeneratorStates | None = None
         self.time_dtypes: list[torch.dtype] = []
         self.stages: list[Tensor] = []
-        self.graphs: list[Evaluation | None] | None = [] if with_graphs else None
+        self.graph = graph
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         self.time_dtypes.append(t.dtype)
@@ -391,23 +391,16 @@ class _Evaluations:
         assert field is not None
         field.report.evaluations += 1
         argument = torch.cat([x.reshape(-1), x.new_zeros(1)]) if self.with_loss else x
-        evaluation: Evaluation | None = None
         if not self.solve.discovered:
-            slope, evaluation = self._discover(field, t, x, argument)
+            slope = self._discover(field, t, x, argument)
         else:
             if field.draws and self.draws is None:
                 self.draws = field.generators.states()
-            if self.graphs is None:
-                slope = field(t, argument, {})
-            else:
-                evaluation = field.differentiable(t, argument, {}, self.want_time)
-                slope = evaluation.slope.detach()
+            slope = field(t, argument, {}) if self.graph is None else self.graph.evaluate(t, argument, {})
         self.stages.append(x)
-        if self.graphs is not None:
-            self.graphs.append(evaluation)
         return slope[:-1].view(x.shape) if self.with_loss else slope
 
-    def _discover(self, field: VectorField, t: Tensor, x: Tensor, argument: Tensor) -> tuple[Tensor, Evaluation | None]:
+    def _discover(self, field: VectorField, t: Tensor, x: Tensor, argument: Tensor) -> Tensor:
         """Evaluate f for the first time in a solve."""
         solve = self.solve
         before = field.generators.states()
@@ -416,9 +409,12 @@ class _Evaluations:
         solve.discovered = True
         assert solve.tableau is not None
         solve.checkpoints.measure(field, evaluation, argument, solve.tableau.stages, field.draws, outputs=2)
-        if field.stand_ins or not solve.checkpoints.wants_graphs(solve.tableau.stages):
-            self.graphs = None
-        return evaluation.slope.detach(), evaluation
+        wanted = not field.stand_ins and solve.checkpoints.wants_graphs(solve.tableau.stages)
+        if self.graph is not None and wanted and not self.graph.slopes:
+            self.graph.take(evaluation)
+        else:
+            self.graph = None
+        return evaluation.slope.detach()
 
 
 class _StageTimes:
