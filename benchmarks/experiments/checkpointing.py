@@ -149,5 +149,3 @@ class _PerStep(torch.autograd.Function):
             del found, rows
         carried = [part + given[0] for part, given in zip(carried, cotangents, strict=True)]
         return None, *carried, *gradients
-
-
