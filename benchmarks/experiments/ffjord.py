@@ -81,7 +81,8 @@ class DenseField(FlowField):
 def transport(field: FlowField, z: Tensor, lost: Tensor, noise: Tensor, solve: Solve) -> tuple[Tensor, Tensor]:
     """z and the log-density lost after one component."""
     field.noise = noise
-    z, lost = solve(field, (z, lost), torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device))
+    times = torch.tensor([0.0, 1.0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    z, lost = solve(field, (z, lost), times)
     return z[-1], lost[-1]
 
 

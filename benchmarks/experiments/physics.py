@@ -1,7 +1,7 @@
 """`python -m benchmarks.experiments.physics`: the KdV and Cahn-Hilliard equations learned with an energy-based model.
 
-The model is du/dt = G grad H(u) with the equation's G and a convolutional network H, so that evaluating the vector field
-takes a gradient itself. It learns from successive snapshots, to go from each to the next, and is then given the first
+The model is du/dt = G grad H(u) with the equation's G and a convolutional network H, so that evaluating the vector
+field takes a gradient itself. It learns from successive snapshots, to go from each to the next, and is then given the first
 snapshot of a trajectory that it has not seen. Float64, as the data's authors have it.
 """
 

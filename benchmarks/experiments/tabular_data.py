@@ -34,7 +34,7 @@ class Table:
 
 
 def power(directory: Path) -> Table:
-    generator = np.random.RandomState(42)  # noqa: NPY002  the repository's, for the same order and noise
+    generator = np.random.RandomState(42)
     data = np.load(directory / "power" / "data.npy")
     generator.shuffle(data)
     data = np.delete(data, [1, 3], axis=1)  # reactive power, intensity
