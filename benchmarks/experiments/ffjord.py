@@ -28,7 +28,7 @@ class ConcatSquash(nn.Module):
 
 
 class FlowField(VectorField):
-    """d/dt of (z, log-density lost), the divergence estimated with `noise` (Hutchinson) that is fixed during a solve."""
+    """d/dt of (z, log-density lost); `noise`, fixed during a solve, estimates the divergence (Hutchinson)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ Every method trains the same flow on the same batches; then one iteration of eac
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,7 @@ class ConvolutionalField(FlowField):
     def __init__(self, channels: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
         widths = [channels, *hidden, channels]
-        self.layers = nn.ModuleList(
-            nn.Conv2d(a + 1, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(nn.Conv2d(a + 1, b, 3, padding=1) for a, b in itertools.pairwise(widths))
 
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:
         for depth, layer in enumerate(self.layers):

@@ -1,8 +1,8 @@
 """`python -m benchmarks.experiments.physics`: the KdV and Cahn-Hilliard equations learned with an energy-based model.
 
 The model is du/dt = G grad H(u) with the equation's G and a convolutional network H, so that evaluating the vector
-field takes a gradient itself. It learns from successive snapshots, to go from each to the next, and is then given the first
-snapshot of a trajectory that it has not seen. Float64, as the data's authors have it.
+field takes a gradient itself. It learns from successive snapshots, to go from each to the next, and is then given the
+first snapshot of a trajectory that it has not seen. Float64, as the data's authors have it.
 """
 
 from __future__ import annotations

@@ -130,8 +130,10 @@ def standin(name: str, count: int = 20_000) -> Table:
     means = generator.normal(size=(CLUSTERS, size)) * 2
     factors = generator.normal(size=(CLUSTERS, size, size)) / np.sqrt(size)
     labels = generator.integers(CLUSTERS, size=count)
-    noise = generator.normal(size=(count, size))
-    data = means[labels] + np.einsum("nij,nj->ni", factors[labels], noise) + 0.1 * generator.normal(size=(count, size))
+    data = means[labels] + 0.1 * generator.normal(size=(count, size))
+    for cluster, factor in enumerate(factors):
+        mine = labels == cluster
+        data[mine] += generator.normal(size=(mine.sum(), size)) @ factor
     table = _standardized(*_split(data))
     return Table(table.train, table.validation, table.test, is_standin=True)
 
