@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.experiments.command import FULL, QUICK, REDUCED, begin
 from benchmarks.experiments.measure import Iteration, VectorField
-from benchmarks.experiments.methods import METHODS, Solve, fixed
+from benchmarks.experiments.methods import METHODS, PAPERS_MEMORY, Solve, fixed
 from benchmarks.experiments.tables import markdown, megabytes
 
 COMPONENTS = 2
@@ -52,8 +52,9 @@ class Field(VectorField):
 
 
 def table(points: list[dict[str, Any]]) -> str:
-    columns = ["method", *(f"{point['steps']} steps" for point in points)]
-    return markdown(columns, ([row, *(megabytes(point["peak_bytes"][row]) for point in points)] for row in METHODS))
+    columns = ["method", "the paper's", *(f"{point['steps']} steps" for point in points)]
+    rows = [[row, PAPERS_MEMORY[row], *(megabytes(point["peak_bytes"][row]) for point in points)] for row in METHODS]
+    return markdown(columns, rows)
 
 
 def draw(points: list[dict[str, Any]]) -> Figure:
