@@ -56,7 +56,7 @@ class Size:
 
 SIZES = {
     QUICK: Size("digits", 2, 1, (8,), 16, 2, 32, 1, 1e-3, 1e-3),
-    REDUCED: Size("digits", 2, 2, (16, 16), 64, 60, 297, 3, 1e-4, 5e-3),
+    REDUCED: Size("digits", 2, 2, (16, 16), 64, 40, 297, 3, 1e-4, 5e-3),
     FULL: Size("mnist", 3, 2, (64, 64, 64), 200, 10_000, 10_000, 5, 1e-5, 1e-3),
 }
 
@@ -149,7 +149,7 @@ def draw(real: Tensor, sampled: Tensor, losses: dict[str, list[float]]) -> Figur
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, images, title in zip(axes, (real, sampled), ("data", "samples, symplectic adjoint"), strict=False):
-        axis.imshow(mosaic(images).cpu(), cmap="gray_r", vmin=0, vmax=1)
+        axis.imshow(mosaic(images).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(title)
         axis.axis("off")
     for row, curve in losses.items():

@@ -24,6 +24,7 @@ def train(
     seed: int,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
+    one_cycle: bool = False,
 ) -> tuple[Any, list[float], float]:
     """A trained copy of the model, the loss of every iteration, and the median seconds an iteration took.
 
@@ -33,6 +34,9 @@ def train(
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = None
+    if one_cycle:  # rises to the learning rate in a tenth of the iterations, then falls to nothing
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations, pct_start=0.1)
     losses, seconds = [], []
     progress = tqdm(range(iterations), desc=label, unit="it", leave=False)
     for _ in progress:
@@ -41,6 +45,8 @@ def train(
         value = loss(model)
         value.backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
         losses.append(value.item())
