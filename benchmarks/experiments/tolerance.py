@@ -49,11 +49,16 @@ class Size:
 
 SIZES = {
     QUICK: Size((1e-5, 1e-2), 32, 32, 2, 1e-3, 64, 1, (4, 16)),
-    REDUCED: Size(
-        (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2), 128, 128, 100, 5e-3, 1024, 3, (4, 8, 16, 32, 64, 128, 256)
-    ),
+    REDUCED: Size((1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1), 128, 128, 100, 5e-3, 1024, 3, (4, 8, 16, 32, 64, 128, 256)),
     FULL: Size(
-        (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2), 860, 1000, 10_000, 1e-3, 10_000, 5, (4, 16, 64, 256, 1024, 4096)
+        (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+        860,
+        1000,
+        10_000,
+        1e-3,
+        10_000,
+        5,
+        (4, 16, 64, 256, 1024, 4096),
     ),
 }
 
@@ -86,8 +91,9 @@ class Problem:
             return flow.negative_log_likelihood(x, flow.draw_noise(x), solve)
 
         return train(
-            self.flow, loss, self.size.iterations, label=label, seed=self.seed, learning_rate=self.size.learning_rate
-        )
+            self.flow, loss, self.size.iterations, label=label, seed=self.seed,
+            learning_rate=self.size.learning_rate, one_cycle=True,
+        )  # fmt: skip
 
 
 def tolerances(problem: Problem, reference: Flow) -> list[dict[str, Any]]:
