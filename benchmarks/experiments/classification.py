@@ -41,7 +41,7 @@ class Size:
 
 SIZES = {
     QUICK: Size("digits", ("midpoint", "dopri5"), 8, 2, 32, 1, 64, 1),
-    REDUCED: Size("digits", SCHEMES, 16, 4, 100, 4, 1500, 5),
+    REDUCED: Size("digits", SCHEMES, 16, 4, 100, 3, 1500, 5),
     FULL: Size("fashion-mnist", SCHEMES, 64, 8, 256, 100, 60_000, 5),
 }
 
@@ -141,7 +141,8 @@ def main() -> None:
                 return cross_entropy(network(seen[index], solve), labels[index])
 
             trained[row], losses, seconds = train(
-                network, loss, size.epochs * per_epoch, label=f"{scheme}, {row}", seed=run.seed, learning_rate=3e-3,
+                network, loss, size.epochs * per_epoch, label=f"{scheme}, {row}", seed=run.seed, learning_rate=1e-2,
+                one_cycle=True,
             )  # fmt: skip
             figures[row] = {
                 "accuracy": accuracy(trained[row], solver.solve(BACKPROPAGATION)),
