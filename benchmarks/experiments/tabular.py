@@ -62,7 +62,7 @@ class Size:
 
 SIZES = {
     QUICK: Size(("miniboone", "power"), 2, 32, 32, 2, 64, 1, 1e-3, 1e-5),
-    REDUCED: Size(tuple(PAPER), 10, 128, 128, 20, 512, 5, 1e-6, 1e-8),
+    REDUCED: Size(tuple(PAPER), 10, 128, 128, 10, 512, 3, 1e-6, 1e-8),
     FULL: Size(tuple(PAPER), 10, 10_000, 10_000, 10_000, 10_000, 5, 1e-6, 1e-8),
 }
 
