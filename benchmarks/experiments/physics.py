@@ -170,12 +170,13 @@ def experiment(run: Run, name: str, size: Size) -> tuple[dict[str, Any], dict[st
         "methods": {row: {**measured[row], **figures[row]} for row in METHODS},
         "losses": losses,
     }
-    best = trained[SYMPLECTIC]
+    learned = trained[SYMPLECTIC].field.energy(torch.from_numpy(rollouts[SYMPLECTIC][0]).to(run.device))
+    spacing = equation.width / unseen.shape[-1]  # the model's energy is a sum, the equation's an integral
     shown = {
         "truth": unseen[0],
         "model": rollouts[SYMPLECTIC][0],
         "energies": {"truth": equation.energy(unseen[0]), "model": equation.energy(rollouts[SYMPLECTIC][0])},
-        "learned": best.field.energy(torch.from_numpy(rollouts[SYMPLECTIC][0]).to(run.device)).detach().cpu().numpy(),
+        "learned": spacing * learned.detach().cpu().numpy(),
         "times": equation.interval * np.arange(size.snapshots),
         "width": equation.width,
     }
@@ -211,7 +212,7 @@ def draw(records: dict[str, Any], shown: dict[str, Any]) -> Figure:
             line[2].plot(one["times"], energy, label=f"the equation's energy, along the {which}")
         line[2].plot(
             one["times"], one["learned"] - one["learned"][0] + one["energies"]["truth"][0], "k:",
-            label="the learned energy along the model, shifted, its own units",
+            label="the learned energy, along the model, shifted",
         )  # fmt: skip
         line[2].set(title="energy along the rollout", xlabel="time")
         line[2].legend(fontsize="x-small")
