@@ -149,10 +149,13 @@ def table(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
 
 def draw(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(15, 7.5), layout="constrained")
-    (loss, double, single), (*rounded, blank) = figure.subplots(2, 3)
+    (loss, double, single), (tight, *rounded) = figure.subplots(2, 3)
     atols = [point["atol"] for point in first]
     for row in METHODS:
-        for axis, key in ((loss, "test_loss"), (double, "gradient_error_float64"), (single, "gradient_error")):
+        for axis, key in (
+            (loss, "test_loss"), (tight, "test_loss_tight"), (double, "gradient_error_float64"),
+            (single, "gradient_error"),
+        ):  # fmt: skip
             axis.plot(atols, [point["methods"][row][key] for point in first], "o-", label=row)
         for axis, name in zip(rounded, PRECISIONS, strict=True):
             points = [point for point in second if point["precision"] == name]
@@ -165,14 +168,17 @@ def draw(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Figure:
             axis.set(title=f"gradient error in {name}", xlabel=f"steps of {ROUNDING_METHOD}")
     for axis, title in (
         (loss, "test NLL after training, nats"),
+        (tight, "the same with a tight solver"),
         (double, "gradient error, float64"),
         (single, "gradient error, float32, against backpropagation's"),
     ):
         axis.set(title=title, xlabel="atol (rtol = 100 atol)", xscale="log")
     for axis in (double, single):
         axis.set_yscale("log")
+    least = min(one["test_loss"] for point in first for one in point["methods"].values())
+    for axis in (loss, tight):
+        axis.set_ylim(least - 0.01 * abs(least), least + 0.14 * abs(least))  # what lies above has diverged
     loss.legend(fontsize="small")
-    blank.axis("off")
     return figure
 
 
