@@ -143,7 +143,7 @@ def draw(data: dict[str, Any]) -> Figure:
     axes = figure.subplots(2, len(data), squeeze=False)
     for (name, figures), (above, below) in zip(data.items(), axes.T, strict=True):
         for row, one in figures["methods"].items():
-            above.loglog(one["seconds"] * 1e3, one["peak_bytes"] / 1e6, "o", label=row)
+            above.semilogy(one["seconds"] * 1e3, one["peak_bytes"] / 1e6, "o", label=row)
             below.plot(figures["losses"][row], label=row, linewidth=1)
         above.set(title=f"{name.upper()}, M = {figures['components']}", xlabel="ms per iteration", ylabel="peak MB")
         below.set(xlabel="iteration", ylabel="NLL, nats")
