@@ -29,7 +29,7 @@ TORCHDYN_IMPORTS := attrs matplotlib pytorch-lightning scikit-learn scipy 'torch
 $(INSTALLED): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,benchmarks,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,benchmarks,experiments,test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCHDYN_IMPORTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TORCHDYN)
 	touch $@
