@@ -20,11 +20,12 @@ import torch
 import torchdyn
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
+from torchdyn.numerics.solvers.ode import SOLVER_DICT
 
 from benchmarks.peak_memory import peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
-SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint", "symplectic_adjoint")
+SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint", "symplectic_adjoint", "symplectic_adjoint, steps")
 BATCH, SIZE, HIDDEN = 256, 8, 256
 TOLERANCE = 1e-3
 ROUNDS = 7  # of timing
@@ -39,8 +40,10 @@ class Step:
         self.field = copy.deepcopy(field).to(x.dtype)
         self.x = x
         self.t_span = PROBLEMS[solver].to(x.dtype)
+        sensitivity, _, checkpoint = sensitivity.partition(", ")
+        given = SOLVER_DICT[f"{sensitivity}:{solver}"](checkpoint=checkpoint) if checkpoint else solver
         self.model = NeuralODE(
-            self.field, solver=solver, sensitivity=sensitivity, atol=TOLERANCE, rtol=TOLERANCE, return_t_eval=False
+            self.field, solver=given, sensitivity=sensitivity, atol=TOLERANCE, rtol=TOLERANCE, return_t_eval=False
         )
 
     def __call__(self) -> Tensor:

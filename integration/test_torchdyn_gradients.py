@@ -22,6 +22,7 @@ from torchdyn.numerics import odeint
 from torchdyn.numerics.solvers.hyper import HyperEuler, HyperMidpoint, HyperRungeKutta4
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT
 
+from symplectic_plugin.checkpoints import POLICIES
 from symplectic_plugin.hosts.torchdyn.methods import tableau_of
 from symplectic_plugin.hosts.torchdyn.solver import with_adjoint
 
@@ -37,10 +38,11 @@ HYPERSOLVERS = (HyperEuler, HyperMidpoint, HyperRungeKutta4)
 pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has no effect")
 
 
-@pytest.fixture(autouse=True, params=["auto", "steps"])
+@pytest.fixture(autouse=True, params=POLICIES)
 def policy(request, monkeypatch) -> None:
-    """By default these small solves keep all graphs; and all of this has to hold as well where nothing is kept."""
+    """Whatever is kept; and with so few snapshots that steps have to be taken again."""
     monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", request.param)
+    monkeypatch.setattr("symplectic_plugin.checkpoints.SNAPSHOTS", 10)
 
 
 @contextlib.contextmanager
@@ -91,7 +93,7 @@ def spans(draw: st.DrawFn) -> Tensor:
 
 
 @pytest.mark.parametrize("solver", FIXED)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(problems(), spans(), st.data())
 def test_fixed_step_solvers(solver, problem, t_span, data) -> None:
     field, x, _ = problem
@@ -103,7 +105,7 @@ def test_fixed_step_solvers(solver, problem, t_span, data) -> None:
 
 
 @pytest.mark.parametrize("solver", ADAPTIVE)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(problems(), spans(), st.floats(2, 7), st.sampled_from([None, "4th"]))
 def test_adaptive_solvers(solver, problem, t_span, digits, interpolator) -> None:
     field, x, _ = problem

@@ -42,7 +42,7 @@ class RecordedField:
         self.field = field
         self.func = func
         self.initial = initial
-        self.on_discovery: Callable[[Evaluation], None] | None = None
+        self.on_discovery: Callable[[Evaluation], bool] | None = None
         self.want_time = False
         self.evaluated_after_jump = False
         # Where the generators were, if f draws: before the first evaluation of this step, before the latest one, and
@@ -99,13 +99,13 @@ class RecordedField:
                 f"symplectic_adjoint: func returned {slope.dtype} for a state of {y.dtype}: return the state's dtype, "
                 "or give y0 in the wider one"
             )
-        begin(evaluation)
-        if not self.field.stand_ins:
-            self.first = None if in_step else evaluation
+        wanted = begin(evaluation) and not self.field.stand_ins
+        if in_step:
+            self.graph = self.graph if wanted else None
             if self.graph is not None:
                 self.graph.take(evaluation)
-        else:
-            self.graph = None
+        elif wanted:
+            self.first = evaluation
         return slope.detach()
 
 
@@ -185,12 +185,11 @@ class _Recorder:
 
         slope_kept = handed_on and not tableau.first_same_as_last
 
-        def begin(evaluation: Evaluation) -> None:
+        def begin(evaluation: Evaluation) -> bool:
             checkpoints.measure(
                 field, evaluation, self.y0, tableau.stages, slope_kept or (handed_on and field.draws), outputs, steps
             )
-            if not self._wants_graph():
-                self.func.graph = None
+            return self._wants_graph()
 
         self.func.on_discovery = begin
 
