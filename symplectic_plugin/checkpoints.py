@@ -202,17 +202,19 @@ class Checkpoints:
             return False
         return self.policy in ("auto", "stages")
 
-    def add(self, kept: Kept, graph_size: int = 0) -> None:
+    def add(self, kept: Kept, graph_size: int = 0, lasting: int = 0) -> None:
         """Keep a step, and drop what there is no room for.
 
         Args:
             kept: the step.
-            graph_size: the bytes of its graphs.
+            graph_size: the bytes of its graph.
+            lasting: bytes that are held for it whatever is dropped: the states of random number generators.
 
         Raises:
             ValueError: if there is no room, and nothing that may be dropped.
         """
         kept._checkpoints = self._me
+        self.working += lasting
         state, slope = kept.state, kept.slope
         if kept.previous is not None and not self._takes(kept.index):
             kept.state = kept.slope = None

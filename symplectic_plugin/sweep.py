@@ -229,7 +229,7 @@ class _StepBack:
             draws = self.retaker.take(work, n, start, slope)
         elif times is not None and step.slope_handed_on:
             work.put(0, field(stage_times[0], state, keywords[0]) if slope is None else slope)
-        slopes = None if taken_again else self._slopes_of(kept)
+        slopes = None if taken_again else self._kept_slopes()
 
         handed_on = 1 if step.slope_handed_on else 0
         last = trajectory.tableau.stages - 1
@@ -315,7 +315,7 @@ class _StepBack:
             before = before + given.sum(0)
         return before, of_slope
 
-    def _slopes_of(self, kept: Kept) -> Workspace | None:
+    def _kept_slopes(self) -> Workspace:
         """Where the slopes of a step are put whose stages were kept."""
         if self._slopes is None:
             self._slopes = Workspace(self.trajectory.tableau, self.given[0])

@@ -40,6 +40,11 @@ class Step:
     first_draw: GeneratorStates | None = None
     draws: GeneratorStates | None = None
 
+    @property
+    def draws_size(self) -> int:
+        """The bytes of what is noted of the random number generators."""
+        return sum(state.numel() for states in (self.first_draw, self.draws) if states is not None for state in states)
+
     def draws_before(self, stage: int) -> GeneratorStates | None:
         """Where the random number generators are to be put before a stage is evaluated again, if anywhere."""
         first_is_outside = self.first_draw is not None or self.slope_handed_on

@@ -223,14 +223,14 @@ class _Recorder:
         if graph is not None:
             graph.first = None if step.slope_handed_on else func.first
             size = checkpoints.size_of(graph)
-        elif checkpoints.wants_stages():
+        elif checkpoints.wants_stages() and step.draws is None:  # else they must be evaluated again, in the same order
             stages = [stage.reshape(-1) for stage in func.stages[0 if trajectory.hands_on_slope else 1 :]]
         func.first, func.stages, func.graph = None, [], None
         previous = trajectory.kept[-1] if trajectory.kept else None
         kept = Kept(previous, state, slope, stages, graph, len(trajectory.kept))
         trajectory.steps.append(step)
         trajectory.kept.append(kept)
-        checkpoints.add(kept, size)
+        checkpoints.add(kept, size, step.draws_size)
 
     def places(self, times: Tensor) -> list[tuple[int, float]]:
         """The step that each output after the first is made from, the first one to reach it, and its place there."""

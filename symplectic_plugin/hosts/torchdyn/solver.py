@@ -266,10 +266,10 @@ class _AdjointSteps:
         graph, size = evaluate.graph, 0
         if graph is not None:
             size = checkpoints.size_of(graph)
-        elif self.loss is None and checkpoints.wants_stages():
+        elif self.loss is None and evaluate.draws is None and checkpoints.wants_stages():
             stages = [stage.reshape(-1) for stage in evaluate.stages[0 if given else 1 :]]
         kept = Kept(previous, x, slope, stages, graph, trajectory, end)
-        checkpoints.add(kept, size)
+        checkpoints.add(kept, size, trajectory.steps[0].draws_size)
         return kept
 
     def _recomputed_step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
