@@ -187,9 +187,9 @@ class TestMemory:
     @pytest.mark.parametrize("method", ["euler", "dopri5"])
     def test_binomial_takes_as_much_for_many_steps_as_for_few(self, method) -> None:
         state = self.BATCH * 8 * 4
-        (few, _), (many, report) = (self.peak(method, steps, checkpoint="binomial") for steps in (60, 120))
+        (few, _), (many, report) = (self.peak(method, steps, checkpoint="binomial") for steps in (60, 300))
         # torchdiffeq's grid of times grows, by a number a step in each of its copies.
-        assert many - few <= 60 * 4 * 4 + state
+        assert many - few <= 240 * 4 * 4 + state
         assert report.checkpoint_bytes <= 32 * state
 
     def test_a_budget_that_is_too_small_is_an_error_that_says_what_is_enough(self) -> None:
