@@ -1,6 +1,6 @@
 """Time against peak memory for every policy and for budgets from the least to more than enough, beside the others.
 
-    python -m benchmarks.memory_dial          # about five minutes on one core
+    python -m benchmarks.memory_dial          # half an hour on a busy core
     python -m benchmarks.memory_dial --long   # a hundred thousand steps beside a thousand, too
 
 Each cell is one forward and one backward pass through rk4 with N steps, in a process of its own: the median time of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -131,6 +132,45 @@ class TestSameGradient:
         torch.autograd.grad(y.sum(), weight)
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(y.sum(), weight)
+
+
+@pytest.mark.parametrize("policy", ["steps", "stages", "binomial"])
+def test_a_state_that_somebody_changes_in_place_raises(policy) -> None:
+    class Field(nn.Linear):
+        def forward(self, t, y):
+            return torch.tanh(super().forward(y))
+
+        def callback_step(self, t0, y0, dt):
+            states.append(y0)
+
+    states: list[Tensor] = []
+    options = {"step_size": 0.1, "checkpoint": policy}
+    y = torchdiffeq.odeint(
+        Field(3, 3), torch.randn(2, 3), torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4", options=options
+    )
+    states[4].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_states_are_freed_by_the_backward_pass_even_if_the_solution_stays() -> None:
+    class Field(nn.Linear):
+        def forward(self, t, y):
+            return super().forward(y)
+
+        def callback_step(self, t0, y0, dt):
+            states.append(weakref.ref(y0))
+
+    states: list[weakref.ref[Tensor]] = []
+    options = {"step_size": 0.1, "checkpoint": "steps"}
+    y = torchdiffeq.odeint(
+        Field(3, 3), torch.randn(2, 3), torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4", options=options
+    )
+    y.sum().backward(retain_graph=True)
+    assert all(state() is not None for state in states)
+    y.sum().backward()
+    assert all(state() is None for state in states[2:])
+    assert y.grad_fn is not None
 
 
 class TestMemory:

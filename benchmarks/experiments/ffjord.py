@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ class ConcatSquash(nn.Module):
         return self.linear(x) * torch.sigmoid(self.gate(t)) + self.shift(t)
 
 
-class FlowField(VectorField):
+class FlowField(VectorField, ABC):
     """d/dt of (z, log-density lost); `noise`, fixed during a solve, estimates the divergence (Hutchinson)."""
 
     def __init__(self) -> None:
@@ -36,8 +37,9 @@ class FlowField(VectorField):
         # FFJORD trains the time a component takes. Here it is a factor of the velocity, which is the same.
         self.duration = nn.Parameter(torch.ones(()))
 
+    @abstractmethod
     def velocity(self, t: Tensor, z: Tensor) -> Tensor:
-        raise NotImplementedError
+        """dz/dt."""
 
     def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         z, _ = state

@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,7 +134,7 @@ class StageTimes:
         return [of_step.unbind() for of_step in times.unbind()]
 
 
-class _Recorder:
+class _Recorder(ABC):
     """What the recorders of both families share."""
 
     base: Any
@@ -142,21 +143,21 @@ class _Recorder:
     func: RecordedField
     y0: Tensor
 
+    @abstractmethod
     def step_alone(self, dtype: torch.dtype) -> TakeStep:
         """The host's step, taken by itself.
 
         Args:
             dtype: in which the solver keeps time.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def end_state(self) -> Tensor:
         """The state at the end of the last step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_times(self) -> None:
         """Have the steps' times as numbers."""
-        raise NotImplementedError
 
     def record(
         self, solver_dtype: torch.dtype, stage_dtype: torch.dtype, outputs: int, steps: int | None = None
