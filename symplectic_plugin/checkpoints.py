@@ -117,7 +117,7 @@ class Checkpoints:
         self._me = weakref.ref(self)
         self.used = self.most_states = self.most_graphs = 0
         self.working = self.evaluation = self._state = 0
-        self._measured = (-1, 0)
+        self._sizes: dict[int, int] = {}
         self._states_alone = policy == "steps"
         self._budget = budget
         self._graph_bytes = self._state_bytes = 0
@@ -167,6 +167,7 @@ class Checkpoints:
         # step, and what the host makes of them; the outputs and their cotangents.
         self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (2 * stages + 12 + 2 * outputs) * size
         self.evaluation = sum(sizes) + size
+        self._sizes[evaluation.nodes] = self.evaluation
         self._state = size * (2 if keeps_slope else 1) if self.storage.on_device else 0
         field.report.evaluation_bytes = sum(sizes)
         if self._budget is not None and self._room() < self._least(steps) * self._state:
@@ -179,10 +180,14 @@ class Checkpoints:
                 self._positions = positions(steps, snapshots)
 
     def size_of(self, graph: StepGraph) -> int:
-        """The bytes that a step's graph keeps. With as many nodes as the one before it is taken to be as large."""
-        if graph.nodes != self._measured[0]:
-            self._measured = graph.nodes, sum(graph.field.memory_of(graph))
-        return self._measured[1]
+        """The bytes that a step's graph keeps, where evaluations that made as many nodes are taken to be as large."""
+        size = 0
+        for evaluation in graph.evaluations():
+            nodes = evaluation.nodes
+            if nodes not in self._sizes:
+                self._sizes[nodes] = sum(graph.field.memory_of(evaluation)) + self._state
+            size += self._sizes[nodes]
+        return size
 
     def wants_graphs(self, evaluations: int, remaining: int = 0) -> bool:
         """Whether there is room for the graphs of the step to come and of those that will follow it.
@@ -319,14 +324,11 @@ class Checkpoints:
     def _drop(self) -> None:
         """Make room."""
         if (kept := _oldest(self._with_graphs)) is not None:
-            assert kept.graph is not None
-            stages = [stage.detach().reshape(-1) for stage in kept.graph.stages[1:]]
-            kept.graph = None
-            self._count_graphs(kept, 0)
-            if self.wants_stages():
-                kept.stages = stages
-                self._count_stages(kept, sum(map(_bytes, stages)))
-                self._with_stages.append(weakref.ref(kept))
+            self._drop_graph(kept)
+            # Those that go on from it hold it.
+            while self._with_graphs and (kept := self._with_graphs[0]()) and kept.graph and kept.graph.before:
+                self._with_graphs.popleft()
+                self._drop_graph(kept)
         elif self.policy != "stages" and (kept := _oldest(self._with_stages)) is not None:
             kept.stages = None
             self._count_stages(kept, 0)
@@ -334,6 +336,17 @@ class Checkpoints:
             pass
         else:
             self._refuse(self.working + self.used)
+
+    def _drop_graph(self, kept: Kept) -> None:
+        """Keep the states of its stages instead."""
+        assert kept.graph is not None
+        stages = [stage.detach().reshape(-1) for stage in kept.graph.stages[1:]]
+        kept.graph = None
+        self._count_graphs(kept, 0)
+        if self.wants_stages():
+            kept.stages = stages
+            self._count_stages(kept, sum(map(_bytes, stages)))
+            self._with_stages.append(weakref.ref(kept))
 
     def _thin(self) -> bool:
         """Drop every other state that can be had again; returns whether there was one."""

@@ -51,8 +51,11 @@ class Held:
                 continue
             seen.add(id(item))
             kept.append(item)
-            with contextlib.suppress(Exception):  # an object that does not let itself be looked into
-                queue.extend(self._look_into(item))
+            try:
+                parts = self._look_into(item)
+            except Exception:  # an object that does not let itself be looked into
+                continue
+            queue.extend([part for part in parts if not _is_hollow(part)])
         for holder in self._holders:
             holder.let_go()
         statistics = {id(buffer) for norm in self._norms for buffer in norm._buffers.values()}
@@ -67,7 +70,9 @@ class Held:
             self._norms.append(item)
         holders, parts = _parts(item)
         self._holders.extend(holders)
-        return [*parts, *(value for holder in holders for value in holder.contents.values())]
+        for holder in holders:
+            parts.extend(holder.contents.values())
+        return parts
 
     def settle(self) -> None:
         """Once f has been at work: what has changed since is what it changes by itself, which is not put back."""
@@ -107,17 +112,25 @@ _MISSING: Any = object()
 class _Holder:
     """A dictionary, a list or a closure's cell, and what it held, by key."""
 
+    __slots__ = ("_strong", "_weak", "container", "contents")
+
     def __init__(self, container: Any, contents: dict[Any, Any]) -> None:
         self.container = container
         self.contents = contents
-        self._then: dict[Any, Callable[[], Any]] = {}
+        self._strong: dict[Any, Any] = {}
+        self._weak: dict[Any, weakref.ref[Any]] = {}
 
     def let_go(self) -> None:
         """Keep of the contents what can be kept without keeping graphs alive."""
         for key, value in self.contents.items():
+            if type(value) in _PLAIN:
+                self._strong[key] = value
+                continue
             with contextlib.suppress(Exception):  # as above
-                if (kept := _kept(value)) is not None:
-                    self._then[key] = kept
+                if _is_graphless(value):
+                    self._strong[key] = value
+                elif not isinstance(value, tuple | list | dict):
+                    self._weak[key] = weakref.ref(value)
         self.contents = {}
 
     def get(self, key: Any) -> Any:
@@ -151,13 +164,18 @@ class _Holder:
 
     def differences(self) -> dict[Any, Any]:
         """What was there and is not now."""
-        then = {key: value for key, kept in self._then.items() if (value := kept()) is not None}
-        return {key: value for key, value in then.items() if self.get(key) is not value}
+        get = self.container.get if type(self.container) is dict else self.get
+        differences = {key: value for key, value in self._strong.items() if get(key) is not value}
+        for key, kept in self._weak.items():
+            if (value := kept()) is not None and get(key) is not value:
+                differences[key] = value
+        return differences
 
     def settle(self) -> None:
         """Forget what is not there any more."""
         for key in self.differences():
-            del self._then[key]
+            self._strong.pop(key, None)
+            self._weak.pop(key, None)
 
 
 def _put_back(mapping: dict[Any, Any], values: Mapping[Any, Any]) -> None:
@@ -168,29 +186,36 @@ def _put_back(mapping: dict[Any, Any], values: Mapping[Any, Any]) -> None:
             mapping[key] = value
 
 
-def _kept(value: Any) -> Callable[[], Any] | None:
-    """How to come by a value later on: held itself where it can't keep a graph alive, else weakly, else not at all."""
+_PLAIN = frozenset((bool, int, float, complex, str))
+_HOLLOW = frozenset((*_PLAIN, bytes, type(None), type, types.ModuleType))
+
+
+def _is_hollow(item: object) -> bool:
+    """Whether there is nothing in an object to be looked for: most of what a module is made of."""
+    kind = type(item)
+    return kind in _HOLLOW or (kind in _CONTAINERS and not item)
+
+
+_CONTAINERS = frozenset((dict, list, tuple, set, frozenset, collections.OrderedDict))
+
+
+def _is_graphless(value: Any) -> bool:
+    """Whether a value is a tensor, a number, a string or a container that can't keep a graph alive."""
     if isinstance(value, Tensor):
-        return weakref.ref(value) if value.grad_fn is not None else lambda: value
-    if isinstance(value, bool | int | float | complex | str):
-        return lambda: value
+        return value.grad_fn is None
     if isinstance(value, tuple | list | dict):
+        if not value:
+            return True
         parts = list(value.values()) if isinstance(value, dict) else list(value)
-        plain = len(parts) <= 100 and all(
+        return len(parts) <= 100 and all(
             isinstance(x, bool | int | float | str) or (isinstance(x, Tensor) and x.grad_fn is None) for x in parts
         )
-        return (lambda: value) if plain else None
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return None
+    return isinstance(value, bool | int | float | complex | str)
 
 
 def _parts(item: object) -> tuple[list[_Holder], list[object]]:
     """What can be replaced in a callable or a container, as far as it matters here, and what else it is made of."""
     holders: list[_Holder] = []
-    if isinstance(item, dict | list | tuple | set | frozenset) and not item:
-        return holders, []  # most of what a module is made of: there is nothing to be put back
     if item is None or isinstance(item, str | bytes | int | float | complex | type | types.ModuleType):
         return holders, []
     if isinstance(item, dict | list | tuple | set | frozenset) and len(item) > _MOST_OBJECTS:
@@ -218,9 +243,18 @@ def _parts(item: object) -> tuple[list[_Holder], list[object]]:
     attributes = getattr(item, "__dict__", None)
     if isinstance(attributes, dict):
         holders.append(_Holder(attributes, dict(attributes)))
-    slots = [owner.__dict__.get("__slots__", ()) for owner in type(item).__mro__]
-    names = [name for group in slots for name in ((group,) if isinstance(group, str) else group)]
-    return holders, [_own_code(item), *(getattr(item, name, None) for name in names)]
+    return holders, [_own_code(item), *(getattr(item, name, None) for name in _slots(type(item)))]
+
+
+def _slots(kind: type) -> list[str]:
+    """The names of a class's slots, looked up once."""
+    if kind not in _slots_of:
+        slots = [owner.__dict__.get("__slots__", ()) for owner in kind.__mro__]
+        _slots_of[kind] = [name for group in slots for name in ((group,) if isinstance(group, str) else group)]
+    return _slots_of[kind]
+
+
+_slots_of: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 
 
 def _own_code(item: object) -> object:

@@ -81,9 +81,14 @@ def referenced(leaves: list[Tensor]) -> list[Tensor]:
     return [leaf for leaf in leaves if sys.getrefcount(leaf) > 3]
 
 
-def history(tensor: Tensor) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ...]]]:
-    """The nodes behind a tensor: each node, the leaf that it accumulates into, and the edges that it leads to."""
-    seen: set[Any] = set()
+def history(tensor: Tensor, start: Any = None) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ...]]]:
+    """The nodes behind a tensor: each node, the leaf that it accumulates into, and the edges that it leads to.
+
+    Args:
+        tensor: the tensor.
+        start: a node not to look behind, if any.
+    """
+    seen: set[Any] = {start}
     stack: list[Any] = [tensor.grad_fn]
     while stack:
         node = stack.pop()
@@ -93,6 +98,12 @@ def history(tensor: Tensor) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ..
         leaf = node.variable if type(node) is _Accumulator else None
         yield node, leaf, node.next_functions
         stack.extend(following for following, _ in node.next_functions)
+
+
+def nodes_between(start: Tensor, end: Tensor) -> int:
+    """How many nodes were made in this thread from one that made a tensor to the one that made another."""
+    first, last = start.grad_fn, end.grad_fn
+    return 0 if first is None or last is None else last._sequence_nr() - first._sequence_nr()
 
 
 def is_alive(tensor: Tensor) -> bool:
@@ -121,12 +132,17 @@ def depends_on_another(tensor: Tensor, others: Iterable[Tensor]) -> bool:
     )
 
 
-def saved_storages(value: Tensor) -> dict[int, int]:
-    """What a value's graph keeps for its backward pass: the size in bytes of each storage, by its address."""
+def saved_storages(value: Tensor, start: Any = None) -> dict[int, int]:
+    """What a value's graph keeps for its backward pass: the size in bytes of each storage, by its address.
+
+    Args:
+        value: the tensor.
+        start: a node not to look behind, if any.
+    """
     storages: dict[int, int] = {}
     if value.grad_fn is None:
         return storages
-    for node, leaf, _ in history(value):
+    for node, leaf, _ in history(value, start):
         for tensor in () if leaf is not None else _tensors(_saved(node)):
             if tensor.layout is torch.strided:
                 storage = tensor.untyped_storage()

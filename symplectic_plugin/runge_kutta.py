@@ -1,11 +1,32 @@
-"""The arithmetic of a Runge-Kutta step and of its partner: products of a matrix of slopes with the coefficients."""
+"""The arithmetic of a Runge-Kutta step and of its partner: sums of slopes, and products of a matrix of them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .tableau import ButcherTableau
+
+
+def combined(start: Tensor | None, weights: Sequence[float], slopes: Sequence[Tensor], h: float) -> Tensor:
+    """x + h sum_j w_j k_j, over the slopes that are there, in any shape, with a graph if they have one.
+
+    Args:
+        start: x; None for zero.
+        weights: w, one for each slope at least.
+        slopes: k, one at least if there is no x.
+        h: the step's size.
+
+    Returns:
+        The sum; `start` itself if there is nothing to be added to it.
+    """
+    result = start
+    for weight, slope in zip(weights, slopes, strict=False):
+        if weight != 0:
+            result = slope * (h * weight) if result is None else torch.add(result, slope, alpha=h * weight)
+    return slopes[0] * 0 if result is None else result
 
 
 class Workspace:

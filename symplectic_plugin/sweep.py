@@ -24,8 +24,7 @@ from .cotangents import CotangentSums
 from .randomness import GeneratorStates
 from .retake import Retaker
 from .runge_kutta import Workspace
-from .step_graph import StepGraph
-from .trajectory import Step, Trajectory
+from .trajectory import Trajectory
 from .vector_field import VectorField
 
 
@@ -73,18 +72,29 @@ def sweep(
     slope_cotangent: Tensor | None = None
     last = trajectory.tableau.stages - 1
     end = len(places)
-    for n in reversed(range(len(trajectory.steps))):
-        begin = end
-        while begin > 0 and places[begin - 1][0] == n:
-            begin -= 1
-        kept = trajectory.kept[n]
-        state, slope = trajectory.checkpoints.recall(kept, back.retaker.advance)
-        adjoint, slope_cotangent, of_step = back(n, state, slope, begin, end, adjoint, {last: slope_cotangent})
+    n = len(trajectory.steps)
+    while n > 0:
+        n -= 1
+        pulled = back.pull(n, end, adjoint, {last: slope_cotangent})
+        if pulled is not None:
+            first, end, adjoint, slope_cotangent = pulled
+        else:
+            first = n
+            while end > 0 and places[end - 1][0] == n and back.is_end[end - 1]:
+                adjoint = adjoint + given[end]
+                end -= 1
+            begin = end
+            while begin > 0 and places[begin - 1][0] == n:
+                begin -= 1
+            state, slope = trajectory.checkpoints.recall(trajectory.kept[n], back.retaker.advance)
+            adjoint, slope_cotangent, of_step = back(n, state, slope, begin, end, adjoint, {last: slope_cotangent})
+            if of_step is not None:
+                times.append(of_step)
+            end = begin
         if not keep:
-            trajectory.checkpoints.release(kept)
-        if of_step is not None:
-            times.append(of_step)
-        end = begin
+            for kept in trajectory.kept[first : n + 1]:
+                trajectory.checkpoints.release(kept)
+        n = first
     field.require_same(back.worst_deviation)
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)
@@ -121,7 +131,12 @@ def sweep_step(
     nothing = cotangent.new_zeros(1, cotangent.numel())
     back = _StepBack(trajectory, field, sums, nothing, cotangent.shape, want_times, keep)
     back.following = following
-    adjoint, first_slope, times = back(0, state, slope, 0, 0, cotangent.reshape(-1), flat)
+    adjoint, first_slope, times = cotangent.reshape(-1), None, None
+    pulled = back.pull(0, 0, adjoint, flat)
+    if pulled is not None:
+        _, _, adjoint, first_slope = pulled
+    else:
+        adjoint, first_slope, times = back(0, state, slope, 0, 0, adjoint, flat)
     field.require_same(back.worst_deviation)
     first_slope = None if first_slope is None else first_slope.view(cotangent.shape)
     return adjoint.view(cotangent.shape), first_slope, None if times is None else _gathered([times], nothing)
@@ -153,6 +168,9 @@ class _StepBack:
         self.weights = dense.weights(self.theta)
         self.device_weights = self.weights.to(given)
         self.derivatives = dense.derivatives(self.theta) if want_times else None
+        # Whether an output is the state at a step's end and no more.
+        ends = (self.weights[:, : tableau.stages] == tableau.b).all(1) & (self.weights[:, tableau.stages :] == 0).all(1)
+        self.is_end = (ends & (not want_times)).tolist()
         # A row a stage: its slope while the step is taken forward again, then, on the way back, xi in its place. So the
         # stages need s states, and X_i is formed from the slopes before it once more when its turn comes.
         self.retaker = Retaker(trajectory, field, given[0], shape)
@@ -205,24 +223,6 @@ class _StepBack:
         if has_outputs:
             weights, weighted = weights[begin:end], (self.weights[begin:end] != 0).any(0).tolist()
         times = None if self.derivatives is None else _StepTimes(given, self.theta, self.derivatives, begin, end)
-
-        if kept.graph is not None and self.graphs_hold and times is None and work is self.plain:
-            pulled = self._pull(kept.graph, step, adjoint, given, weights, weighted, slope_cotangents)
-            if pulled is not None:
-                before, of_slope = pulled
-                self.following = state
-                if of_slope is None or step.slope_handed_on:
-                    return before, of_slope, None
-                # The first slope was evaluated outside the step, at its start.
-                evaluation = kept.graph.first if kept.graph is not None else None
-                if evaluation is None:
-                    if (draw := step.draws_before(0)) is not None:
-                        field.generators.set(draw)
-                    evaluation = field.differentiable(stage_times[0], state, keywords[0], False, self.sums.stand_ins)
-                    report.recomputed += 1
-                product, _ = field.vjp(evaluation, of_slope.view(shape), self.sums, False, self.keep)
-                report.vjps += 1
-                return before if product is None else before + product.reshape(-1), None, None
 
         draws: list[GeneratorStates | None] = [None] * s
         if taken_again:
@@ -287,33 +287,71 @@ class _StepBack:
             adjoint = adjoint + work.rows[handed_on:s].sum(0)
         return adjoint, first_slope_cotangent, times
 
-    def _pull(
-        self,
-        graph: StepGraph,
-        step: Step,
-        adjoint: Tensor,
-        given: Tensor,
-        weights: Tensor,
-        weighted: list[bool],
-        slope_cotangents: Mapping[int, Tensor | None],
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """The same by the graph that was kept of the step; None if that can't be used."""
-        cotangents: dict[int, Tensor] = {
-            i: torch.mv(given.T, weights[:, i]).mul_(step.h) for i, is_weighted in enumerate(weighted) if is_weighted
-        }
-        for i, outside in slope_cotangents.items():
-            if outside is not None:
-                cotangents[i] = cotangents[i] + outside if i in cotangents else outside
-        shaped = [(i, cotangent.view(self.shape)) for i, cotangent in cotangents.items()]
-        pulled = graph.pull(adjoint.view(self.shape), shaped, self.sums, self.keep)
+    def pull(
+        self, n: int, end: int, adjoint: Tensor, slope_cotangents: Mapping[int, Tensor | None]
+    ) -> tuple[int, int, Tensor, Tensor | None] | None:
+        """Carry the adjoint back by the graph of step n, and of those that it goes on from, if they were kept.
+
+        Args:
+            n, adjoint, slope_cotangents: as for a call.
+            end: how many outputs lie in steps up to n.
+
+        Returns:
+            The first step that it was carried back over; how many outputs lie in steps before that; the cotangents of
+            the state at its start and of the slope that was handed on to it. None without a graph that can be used.
+        """
+        trajectory, field, report, shape = self.trajectory, self.field, self.field.report, self.shape
+        steps, places = trajectory.steps, trajectory.outputs
+        graph = trajectory.kept[n].graph
+        if graph is None or not self.graphs_hold or self.derivatives is not None:
+            return None
+        first = n - graph.index
+        outputs, cotangents = [graph.end], [adjoint]
+
+        def add(output: Tensor, cotangent: Tensor) -> None:
+            if output.requires_grad:
+                outputs.append(output)
+                cotangents.append(cotangent.to(output.dtype))
+
+        for i, cotangent in slope_cotangents.items():
+            if cotangent is not None:
+                add(graph.slopes[i], cotangent)
+        for j in range(n, first - 1, -1):
+            graph = trajectory.kept[j].graph
+            assert graph is not None
+            while end > 0 and places[end - 1][0] == j and self.is_end[end - 1]:
+                add(graph.end, self.given[end])
+                end -= 1
+            begin = end
+            while begin > 0 and places[begin - 1][0] == j:
+                begin -= 1
+            if begin < end:
+                if trajectory.dense.end_stage:
+                    return None
+                given, weights = self.given[begin + 1 : end + 1], self.device_weights[begin:end]
+                add(graph.origin, given.sum(0))
+                for i in (self.weights[begin:end] != 0).any(0).nonzero().flatten().tolist():
+                    add(graph.slopes[i], torch.mv(given.T, weights[:, i]).mul_(steps[j].h))
+            end = begin
+        pulled = graph.pull(outputs, [cotangent.view(shape) for cotangent in cotangents], self.sums, self.keep)
         if pulled is None:
             return None
-        self.field.report.vjps += len(graph.slopes) - (graph.first_slope is not None)
         of_state, of_slope = (None if x is None else x.reshape(-1) for x in pulled)
-        before = adjoint if of_state is None else of_state
-        if len(given):
-            before = before + given.sum(0)
-        return before, of_slope
+        before = torch.zeros_like(adjoint) if of_state is None else of_state
+        report.vjps += sum(len(kept.graph.evaluations()) for kept in trajectory.kept[first : n + 1] if kept.graph)
+        self.following = graph.leaf.detach()
+        if of_slope is None or steps[n].slope_handed_on:
+            return first, end, before, of_slope
+        # The first slope was evaluated outside the step, at its start.
+        evaluation = graph.first
+        if evaluation is None:
+            if (draw := steps[n].draws_before(0)) is not None:
+                field.generators.set(draw)
+            t, keywords = self.retaker.stage_times(n)[0], steps[n].first_keywords
+            evaluation = field.differentiable(t, graph.leaf, keywords, False, self.sums.stand_ins)
+            report.recomputed += 1
+        product, _ = field.vjp(evaluation, of_slope.view(shape), self.sums, False, self.keep)
+        return first, end, before if product is None else before + product.reshape(-1), None
 
     def _kept_slopes(self) -> Workspace:
         """Where the slopes of a step are put whose stages were kept."""

@@ -85,7 +85,7 @@ class ButcherTableau:
         """Whether each stage needs only the slopes of the stages before it."""
         return not bool(self.a.triu().any())
 
-    @property
+    @functools.cached_property
     def first_same_as_last(self) -> bool:
         """Whether the last stage is the solution at the step's end, so that its slope is the next step's first."""
         return bool((self.a[-1] == self.b).all()) and float(self.c[-1]) == 1.0

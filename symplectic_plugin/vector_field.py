@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cotangents import CotangentSums, StandIns
 from .dependencies import Held, has_hooks
-from .graphs import accumulator, edge_of, graph_inputs, is_alive, referenced, saved_storages
+from .graphs import accumulator, edge_of, graph_inputs, is_alive, nodes_between, referenced, saved_storages
 from .randomness import Generators
 from .report import SolveReport
 
@@ -40,9 +40,14 @@ class Evaluation:
     keywords: Keywords
     slope: Tensor
 
+    @property
+    def nodes(self) -> int:
+        """How many nodes it made in this thread."""
+        return nodes_between(self.argument, self.slope)
+
     def storages(self) -> dict[int, int]:
         """The memory that it holds: the size in bytes of each storage, by its address."""
-        storages = saved_storages(self.slope)
+        storages = saved_storages(self.slope, self.argument.grad_fn)
         for tensor in (self.leaf, self.slope):
             if tensor.layout is torch.strided:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -160,9 +165,9 @@ class VectorField:
         """The leaves that have to stand in for dependencies, as these are now."""
         return StandIns((*self.dependencies, *self.left_out), self.dependencies)
 
-    def memory_of(self, graph: Any) -> list[int]:
-        """The bytes of each storage that an evaluation or a step keeps with its graph, less what is there anyway."""
-        return [size for address, size in graph.storages().items() if address not in self._lasting]
+    def memory_of(self, evaluation: Evaluation) -> list[int]:
+        """The bytes of each storage that an evaluation keeps with its graph, less what is there anyway."""
+        return [size for address, size in evaluation.storages().items() if address not in self._lasting]
 
     def _refuse_own_state(self, slope: Tensor, t: Tensor, x: Tensor, keywords: Keywords) -> None:
         """Refuse an f whose value depends on a tensor that it changes whenever it is evaluated.
@@ -248,6 +253,8 @@ class VectorField:
     def _checked(self, slope: Any, x: Tensor) -> Tensor:
         """What f returned at state x, which may be of another kind than what it returned at first."""
         slope = require_slope(slope, x)
+        if not (slope.is_floating_point() or slope.is_complex()):
+            slope = slope.to(x.dtype)  # an integer one
         self.rounding = max(self.rounding, _precision(slope.dtype))  # under autocast less than the state's
         return slope
 
@@ -352,8 +359,10 @@ def require_slope(slope: Any, x: Tensor) -> Tensor:
     """What is to be a slope at state x.
 
     Raises:
-        ValueError: if it is not a tensor of the state's shape.
+        ValueError: if it is not a tensor of numbers of the state's shape.
     """
+    if isinstance(slope, Tensor) and slope.dtype is torch.bool:
+        raise ValueError("symplectic_adjoint: the vector field must return numbers, got booleans: convert them")
     if not isinstance(slope, Tensor) or slope.shape != x.shape:
         got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
         raise ValueError(

@@ -8,22 +8,28 @@ import functools
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _runge_kutta_step
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 
 from ...checkpoints import Checkpoints, Kept
 from ...randomness import GeneratorStates
 from ...replay import Times
+from ...runge_kutta import combined
 from ...step_graph import StepGraph
+from ...tableau import ButcherTableau
 from ...trajectory import Step, TakeStep, Trajectory
 from ...vector_field import Evaluation, Keywords, VectorField
+from .adaptive_step import PreparedTableau, adaptive_step, runge_kutta_step
 from .methods import hands_on_slope, read_dense_output, read_method
+
+_CHUNK = 64
+"""For how many steps the stages' times are made at once, and graphs go on from each other."""
 
 
 def recording(base: type) -> Any:
@@ -54,7 +60,7 @@ class RecordedField:
         # The evaluation that gave the solve's first slope; the states of this step's stages, how many it will evaluate,
         # and its graph, if that is to be kept.
         self.first: Evaluation | None = None
-        self.stages: list[Tensor] = []
+        self.stages: list[Any] = []
         self.expected = 0
         self.graph: StepGraph | None = None
 
@@ -69,23 +75,40 @@ class RecordedField:
         return getattr(self.func, name)  # the callbacks
 
     def __call__(self, t: Tensor, y: Tensor, *, perturb: Perturb = Perturb.NONE) -> Tensor:
-        keywords = {} if perturb is Perturb.NONE else {"perturb": perturb}
         if perturb is Perturb.NEXT:
             self.evaluated_after_jump = True
-        field = self.field
-        field.report.evaluations += 1
         in_step = len(self.stages) < self.expected
-        if self.on_discovery is not None:
-            slope = self._discover(t, y, keywords, in_step)
-        else:
-            if field.draws:
-                self.last_draw = field.generators.states()
-                self.draws = self.draws or self.last_draw
-            graph = self.graph if in_step else None
-            slope = field(t, y, keywords) if graph is None else graph.evaluate(t, y, keywords)
+        # A copy of the time, for the graph: the caller's may be changed in place.
+        t = t.detach().clone() if in_step and self.graph is not None else t
+        slope = self._evaluate(t, y, {} if perturb is Perturb.NONE else {"perturb": perturb}, in_step)
         if in_step:
             self.stages.append(y)
         return slope
+
+    def take_step(self, tableau: ButcherTableau, step: Step, times: Sequence[Tensor], keywords: Any, y: Tensor) -> Any:
+        """What a step that has begun adds to the state y, and its first slope; its stages are computed here."""
+        a, b = tableau.numbers
+        slopes: list[Tensor] = []
+        for t, row, of_stage in zip(times, a, keywords, strict=False):  # there may be one more time
+            stage = combined(y, row, slopes, step.h) if self.graph is None or not slopes else None
+            slopes.append(self._evaluate(t, stage, of_stage, True))
+            self.stages.append(stage)
+        moved = combined(None, b, slopes, step.h) if self.graph is None else self.graph.moved.detach()
+        return moved, slopes[0]
+
+    def _evaluate(self, t: Tensor, y: Tensor | None, keywords: Keywords, in_step: bool) -> Tensor:
+        field = self.field
+        field.report.evaluations += 1
+        if self.on_discovery is not None:
+            assert y is not None
+            return self._discover(t, y, keywords, in_step)
+        if field.draws:
+            self.last_draw = field.generators.states()
+            self.draws = self.draws or self.last_draw
+        if in_step and self.graph is not None:
+            return self.graph.evaluate(t, y, keywords)
+        assert y is not None
+        return field(t, y, keywords)
 
     def _discover(self, t: Tensor, y: Tensor, keywords: Keywords, in_step: bool) -> Tensor:
         assert self.on_discovery is not None
@@ -134,6 +157,29 @@ class StageTimes:
         return [of_step.unbind() for of_step in times.unbind()]
 
 
+class _Method(NamedTuple):
+    """What has to be known of a method to take a step of it."""
+
+    tableau: ButcherTableau
+    keywords: list[dict[str, Any]]
+    stage_times: StageTimes
+
+
+def _explicit_step(method: _Method, f: Any, step: Step, state: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    """A step from a state to the one at its end."""
+    a, b = method.tableau.numbers
+    slopes: list[Tensor] = []
+    for t, row, keywords in zip(method.stage_times([step])[0], a, method.keywords, strict=False):
+        slopes.append(f(t, combined(state, row, slopes, step.h), **keywords))
+    return state + combined(None, b, slopes, step.h), None
+
+
+def _in_chunks(steps: Sequence[Step], stage_times: Callable[..., Sequence[Any]]) -> Iterator[Sequence[Tensor]]:
+    """The times of the stages of steps one after the other, made for many at once."""
+    for first in range(0, len(steps), _CHUNK):
+        yield from stage_times(steps[first : first + _CHUNK])
+
+
 class _Recorder(ABC):
     """What the recorders of both families share."""
 
@@ -144,10 +190,11 @@ class _Recorder(ABC):
     y0: Tensor
 
     @abstractmethod
-    def step_alone(self, dtype: torch.dtype) -> TakeStep:
-        """The host's step, taken by itself.
+    def step_alone(self, method: _Method, dtype: torch.dtype) -> TakeStep:
+        """The step, taken by itself.
 
         Args:
+            method: the solver's.
             dtype: in which the solver keeps time.
         """
 
@@ -178,9 +225,8 @@ class _Recorder(ABC):
         c = tableau.with_end_stage().c if dense.end_stage else tableau.c
         stage_times = StageTimes(c, solver_dtype, stage_dtype, self.y0.device)
         handed_on, checkpoints, field = hands_on_slope(self), self.checkpoints, self.func.field
-        self.trajectory = Trajectory(
-            tableau, handed_on, keywords, dense, stage_times, self.step_alone(solver_dtype), checkpoints
-        )
+        take_step = self.step_alone(_Method(tableau, keywords, stage_times), solver_dtype)
+        self.trajectory = Trajectory(tableau, handed_on, keywords, dense, stage_times, take_step, checkpoints)
         self._evaluations = tableau.stages - (1 if handed_on else 0)
         self._planned = steps
 
@@ -201,18 +247,19 @@ class _Recorder(ABC):
         remaining = 0 if self._planned is None else self._planned - len(self.trajectory.steps) - 1
         return self.checkpoints.wants_graphs(self._evaluations, remaining)
 
-    def begin_step(self, start: Tensor, first_slope: Tensor | None, h: Tensor | None) -> None:
+    def begin_step(self, start: Tensor, first_slope: Tensor | None, h: Any, before: StepGraph | None = None) -> None:
         """Begin a step, or another attempt at it.
 
         Args:
             start: the state at its start.
             first_slope: the slope there, if it is not evaluated in the step.
             h: its size, None if that is not known yet.
+            before: a graph for the step's to go on from, if there is to be one.
         """
         if self.trajectory is not None:
             graph = None
             if h is not None and self._wants_graph():
-                graph = StepGraph(self.func.field, self.trajectory.tableau, start, float(h), first_slope)
+                graph = StepGraph(self.func.field, self.trajectory.tableau, start, float(h), first_slope, before)
             self.func.begin_step(self._evaluations, graph)
 
     def note(self, step: Step, state: Tensor, slope: Tensor | None) -> None:
@@ -223,6 +270,7 @@ class _Recorder(ABC):
         graph, size = func.graph, 0
         if graph is not None:
             graph.first = None if step.slope_handed_on else func.first
+            state = state if graph.before is None else graph.origin.detach()  # the same, which the graph has anyway
             size = checkpoints.size_of(graph)
         elif checkpoints.wants_stages() and step.draws is None:  # else they must be evaluated again, in the same order
             stages = [stage.reshape(-1) for stage in func.stages[0 if trajectory.hands_on_slope else 1 :]]
@@ -289,6 +337,7 @@ class Adaptive(_Recorder):
 
     def begin(self, t: Tensor, recorded: bool) -> StartingTime:
         """Begin a solve over the times t, and to note its steps if they are to be recorded."""
+        self.tableau = PreparedTableau.of(self.tableau)
         if recorded:
             self.record(self.dtype, self.y0.abs().dtype, max(2, t.numel()))
         self._slope_handed_on = False
@@ -304,13 +353,14 @@ class Adaptive(_Recorder):
         """The state at the end of the last step."""
         return self.rk_state.y1
 
-    def step_alone(self, dtype: torch.dtype) -> TakeStep:
+    def step_alone(self, method: _Method, dtype: torch.dtype) -> TakeStep:
         """torchdiffeq's step without its step control."""
         tableau, device = self.tableau, self.y0.device
 
         def take_step(f: Any, step: Step, state: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor]:
             t0, t1, h = torch.tensor([step.t0, step.t1, step.h], dtype=dtype).to(device)
-            end, last_slope, *_ = _runge_kutta_step(f, state, slope, t0, h, t1, tableau=tableau)
+            assert slope is not None
+            end, last_slope, *_ = runge_kutta_step(f, state, slope, t0, h, t1, tableau)
             return end, last_slope.clone()  # it is a view of all slopes
 
         return take_step
@@ -319,7 +369,7 @@ class Adaptive(_Recorder):
         # Where a step may be cut short, its size is not known yet.
         uncut = self.trajectory is not None and not len(self.step_t) and not len(self.jump_t)
         self.begin_step(rk_state.y1, rk_state.f1, self._proposed_size(rk_state.dt) if uncut else None)
-        new = super()._adaptive_step(rk_state)  # type: ignore[misc]
+        new = adaptive_step()(self, rk_state)
         if self.trajectory is None:
             return new
         if new.t1 is rk_state.t1:
@@ -402,6 +452,9 @@ class FixedGrid(_Recorder):
         """Begin a solve over the times t, or from the only one up to an event; and to note its steps, if recorded."""
         stage_dtype = self.y0.abs().dtype
         self._grid: list[Step] | None = None
+        self._stage_times: Iterator[Sequence[Tensor]] | None = None
+        # Of torchdiffeq's own steps nothing but the tableau matters; a user's may do something besides.
+        self._is_own = type(self).base.__module__.startswith("torchdiffeq.")
         if not recorded:
             return StartingTime(t)
         if t.ndim == 0:
@@ -414,10 +467,13 @@ class FixedGrid(_Recorder):
         assert self.trajectory is not None
         points, sizes, keywords = grid.tolist(), grid.detach().diff().tolist(), self.trajectory.keywords[0]
         self._grid = [Step(*times, False, keywords) for times in zip(points, points[1:], sizes, strict=False)]
+        self._stage_times = _in_chunks(self._grid, self.trajectory.stage_times)
         return GridTimes(t, grid)
 
-    def step_alone(self, dtype: torch.dtype) -> TakeStep:
+    def step_alone(self, method: _Method, dtype: torch.dtype) -> TakeStep:
         """torchdiffeq's step without its loop over the grid."""
+        if self._is_own:
+            return functools.partial(_explicit_step, method)
         solver, base, device = copy.copy(self), type(self).base, self.y0.device
         vars(solver).update(func=None, y0=None, trajectory=None, checkpoints=None)
 
@@ -436,16 +492,31 @@ class FixedGrid(_Recorder):
         y0, dy = self._last
         return y0 + dy
 
+    def _graph_before(self, y0: Tensor) -> StepGraph | None:
+        """The graph of the step that ended in y0, if this step's is to go on from it: once the rest is known to fit."""
+        trajectory = self.trajectory
+        if trajectory is None or not trajectory.kept or not self._is_own or self._grid is None:
+            return None
+        graph = trajectory.kept[-1].graph
+        if graph is None or graph.index + 1 == _CHUNK or y0._version != 0:  # a callback may have changed it
+            return None
+        return None if trajectory.dense.end_stage else graph  # outputs are made of slopes that are not in it
+
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
-        self.begin_step(y0, None, dt)
-        result = super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
-        if (trajectory := self.trajectory) is not None:
-            if self._grid is None:
-                step = Step(float(t0), float(t1), float(dt), False, trajectory.keywords[0])
-            else:
-                step = self._grid[len(trajectory.steps)]
-            self.note(step if self.func.draws is None else replace(step, draws=self.func.draws), y0, None)
-            self._last = y0, result[0]
+        if (trajectory := self.trajectory) is None:
+            return super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
+        if self._grid is None:
+            step = Step(float(t0), float(t1), float(dt), False, trajectory.keywords[0])
+        else:
+            step = self._grid[len(trajectory.steps)]
+        self.begin_step(y0, None, step.h, self._graph_before(y0))
+        if self._is_own:
+            times = trajectory.stage_times([step])[0] if self._stage_times is None else next(self._stage_times)
+            result = self.func.take_step(trajectory.tableau, step, times, trajectory.keywords, y0)
+        else:
+            result = super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
+        self.note(step if self.func.draws is None else replace(step, draws=self.func.draws), y0, None)
+        self._last = y0, result[0]
         return result
 
     def read_times(self) -> None:

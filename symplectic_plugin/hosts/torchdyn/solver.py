@@ -396,7 +396,10 @@ class _Evaluations:
         else:
             if field.draws and self.draws is None:
                 self.draws = field.generators.states()
-            slope = field(t, argument, {}) if self.graph is None else self.graph.evaluate(t, argument, {})
+            if self.graph is None:
+                slope = field(t, argument, {})
+            else:
+                slope = self.graph.evaluate(t.detach().clone(), argument, {})  # a copy: t may be changed in place
         self.stages.append(x)
         return slope[:-1].view(x.shape) if self.with_loss else slope
 
