@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cotangents import CotangentSums
+from .graphs import vjp
 from .runge_kutta import combined
 from .tableau import ButcherTableau
 from .vector_field import Evaluation, Keywords, VectorField
@@ -129,9 +130,7 @@ class StepGraph:
         leaves = [self.leaf] if self.first_slope is None else [self.leaf, self.first_slope]
         if self.field.strangers(outputs, self.origin.grad_fn, leaves, sums):
             return None
-        grads = torch.autograd.grad(
-            outputs, [*leaves, *sums.inputs], cotangents, allow_unused=True, retain_graph=keep_graph
-        )
+        grads = vjp(outputs, cotangents, [*leaves, *sums.inputs], keep_graph)
         sums.add(grads[len(leaves) :])
         return grads[0], None if self.first_slope is None else grads[1]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cotangents import CotangentSums, StandIns
 from .dependencies import Held, has_hooks
-from .graphs import accumulator, edge_of, graph_inputs, is_alive, nodes_between, referenced, saved_storages
+from .graphs import accumulator, edge_of, graph_inputs, is_alive, nodes_between, referenced, saved_storages, vjp
 from .randomness import Generators
 from .report import SolveReport
 
@@ -290,9 +290,7 @@ class VectorField:
             own = (again.leaf, again.time)
             if strangers & self.strangers([again.slope], again.argument.grad_fn, own, sums):
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
-        grads = torch.autograd.grad(
-            slope, [*leaves, *sums.inputs], cotangent.to(slope.dtype), allow_unused=True, retain_graph=keep_graph
-        )
+        grads = vjp([slope], [cotangent.to(slope.dtype)], [*leaves, *sums.inputs], keep_graph)
         sums.add(grads[len(leaves) :])
         tau = grads[1] if want_time else None
         # torchdiffeq's adaptive methods make complex times for complex states.

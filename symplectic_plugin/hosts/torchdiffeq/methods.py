@@ -87,6 +87,9 @@ def hands_on_slope(solver: Any) -> bool:
 def read_dense_output(solver: Any, tableau: ButcherTableau) -> DenseOutput:
     """The interpolant that a solver makes its outputs with."""
     if isinstance(solver, RKAdaptiveStepsizeODESolver):
+        base = type(solver).base
+        if base.__module__.startswith("torchdiffeq."):  # as above
+            return _own_polynomial(base, solver.mid.dtype)
         return _Polynomial(solver, tableau)
     return _CubicHermite(solver, tableau) if solver.interp == "cubic" else _Linear(tableau)
 
@@ -108,6 +111,13 @@ class _Polynomial(DenseOutput):
         for power in self.powers.flip(0):
             result = result * theta[:, None] + power
         return result
+
+
+@functools.cache
+def _own_polynomial(base: Any, dtype: torch.dtype) -> DenseOutput:
+    solver = base.__new__(base)
+    solver.mid = base.mid.to(dtype)
+    return _Polynomial(solver, _read_own(base, False)[0])
 
 
 class _Linear(DenseOutput):
