@@ -127,7 +127,7 @@ TABLE = {
     "a complex slope": Bad(returning(lambda k: k + 0j), refused=dict.fromkeys(TORCHDIFFEQ, "return the state's dtype")),
     "an integer slope": Bad(returning(lambda k: (3 * k).long())),
     "an integer slope later on": Bad(returning(lambda k: (3 * k).long(), after=0.5)),
-    "a boolean slope": Bad(returning(lambda k: k > 0), refused={solver: "booleans" for solver in SOLVERS if solver != "torchdyn rk4"}),
+    "a boolean slope": Bad(returning(lambda k: k > 0), solvers=TORCHDIFFEQ, refused="booleans"),
     "a slope on another device": Bad(returning(lambda k: k.to("meta"))),
     "a slope on another device later on": Bad(returning(lambda k: k.to("meta"), after=0.5)),
     "an integer state": Bad(

@@ -45,7 +45,7 @@ class Kept:
         previous: the step that ends where this one starts, if it can be had by taking that one again.
         state: the state at its start.
         slope: the slope there, if it was handed on and can't be evaluated again.
-        stages: the states of its stages, flat, the first of them left out.
+        stages: the states of its stages, the first of them left out.
         graph: its graph.
         step: whatever `Advance` knows the step by.
         end: the state at its end, as long as no step follows that keeps it.
@@ -340,7 +340,7 @@ class Checkpoints:
     def _drop_graph(self, kept: Kept) -> None:
         """Keep the states of its stages instead."""
         assert kept.graph is not None
-        stages = [stage.detach().reshape(-1) for stage in kept.graph.stages[1:]]
+        stages = [stage.detach() for stage in kept.graph.stages[1:]]
         kept.graph = None
         self._count_graphs(kept, 0)
         if self.wants_stages():

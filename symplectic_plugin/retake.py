@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .checkpoints import Kept
 from .randomness import GeneratorStates
-from .runge_kutta import Workspace
+from .runge_kutta import combined
+from .tableau import ButcherTableau
 from .trajectory import Trajectory
 from .vector_field import VectorField
 
@@ -24,15 +25,11 @@ class Retaker:
     Args:
         trajectory: the solve.
         field: its vector field.
-        like: a flat state, in the precision to be computed in.
-        shape: the state's.
     """
 
-    def __init__(self, trajectory: Trajectory, field: VectorField, like: Tensor, shape: torch.Size) -> None:
+    def __init__(self, trajectory: Trajectory, field: VectorField) -> None:
         self.trajectory = trajectory
         self.field = field
-        self.shape = shape
-        self.plain = Workspace(trajectory.tableau, like)
         self._times: dict[int, Sequence[Sequence[Tensor]]] = {}
 
     def stage_times(self, n: int) -> Sequence[Tensor]:
@@ -45,34 +42,39 @@ class Retaker:
             self._times[chunk] = self.trajectory.stage_times(steps)
         return self._times[chunk][n % _CHUNK]
 
-    def take(self, work: Workspace, n: int, start: Tensor, slope: Tensor | None) -> list[GeneratorStates | None]:
-        """Take a step as far as the slopes that its stages are made of, into the rows of `work`.
+    def take(
+        self, tableau: ButcherTableau, n: int, start: Tensor, slope: Tensor | None
+    ) -> tuple[list[Tensor | None], list[GeneratorStates | None]]:
+        """Take a step as far as the slopes that its stages are made of.
 
         Where f draws random numbers, all evaluations are made in the order in which the host made them.
 
         Args:
-            work: the method's, or that with one more stage; its size is set.
+            tableau: the method's, or that with one more stage.
             n: which step.
-            start: the state at its start, flat.
+            start: the state at its start.
             slope: its first slope, if it was handed on and is not to be evaluated again.
 
         Returns:
-            Where the random number generators were before each evaluation, if f draws.
+            The slopes, None for those that no stage is made of; and where the random number generators were before
+            each evaluation, if f draws.
         """
         field, step = self.field, self.trajectory.steps[n]
         times, keywords = self.stage_times(n), self.trajectory.stage_keywords(step)
-        draws: list[GeneratorStates | None] = [None] * work.stages
-        for i in range(work.stages):
+        rows, later = tableau.numbers[0], tableau.later
+        draws: list[GeneratorStates | None] = [None] * tableau.stages
+        slopes: list[Tensor | None] = []
+        for i in range(tableau.stages):
             if (before := step.draws_before(i)) is not None:
                 field.generators.set(before)
             if step.draws is not None:
                 draws[i] = field.generators.states()
             current = slope if i == 0 and step.slope_handed_on else None
-            if current is None and (work.later[i] or (step.draws is not None and i < work.stages - 1)):
-                current = field(times[i], work.stage(start, i).view(self.shape), keywords[i])
+            if current is None and (later[i] or (step.draws is not None and i < tableau.stages - 1)):
+                current = field(times[i], combined(start, rows[i], slopes, step.h), keywords[i])
                 field.report.recomputed += 1
-            work.put(i, current)
-        return draws
+            slopes.append(current)
+        return slopes, draws
 
     def advance(self, kept: Kept, state: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Take a step from what is at its start to what is at its end, as the host did: the same to the last bit."""

@@ -13,17 +13,16 @@ algorithm 2, with outputs inside steps and slopes handed on.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checkpoints import Kept
 from .cotangents import CotangentSums
-from .randomness import GeneratorStates
 from .retake import Retaker
-from .runge_kutta import Workspace
+from .runge_kutta import combined
+from .tableau import ButcherTableau
 from .trajectory import Trajectory
 from .vector_field import VectorField
 
@@ -64,8 +63,8 @@ def sweep(
     Returns:
         The cotangent of the initial state, and those of the times if wanted.
     """
-    given = cotangent.reshape(len(cotangent), cotangent[0].numel())
-    back = _StepBack(trajectory, field, sums, given, cotangent.shape[1:], want_times, keep)
+    given = cotangent.contiguous()
+    back = _StepBack(trajectory, field, sums, given, want_times, keep)
     places = trajectory.outputs
     times: list[_StepTimes] = []
     adjoint = torch.zeros_like(given[0])
@@ -98,7 +97,7 @@ def sweep(
     field.require_same(back.worst_deviation)
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)
-    return adjoint.view(cotangent.shape[1:]), _gathered(times[::-1], given) if want_times else None
+    return adjoint, _gathered(times[::-1], given) if want_times else None
 
 
 def sweep_step(
@@ -127,19 +126,17 @@ def sweep_step(
     Returns:
         The cotangent of the state at its start, that of its first slope if that was handed on, and those of its times.
     """
-    flat = {i: None if slope is None else slope.reshape(-1) for i, slope in slope_cotangents.items()}
-    nothing = cotangent.new_zeros(1, cotangent.numel())
-    back = _StepBack(trajectory, field, sums, nothing, cotangent.shape, want_times, keep)
+    nothing = cotangent.new_zeros(1, *cotangent.shape)
+    back = _StepBack(trajectory, field, sums, nothing, want_times, keep)
     back.following = following
-    adjoint, first_slope, times = cotangent.reshape(-1), None, None
-    pulled = back.pull(0, 0, adjoint, flat)
+    adjoint, first_slope, times = cotangent, None, None
+    pulled = back.pull(0, 0, adjoint, slope_cotangents)
     if pulled is not None:
         _, _, adjoint, first_slope = pulled
     else:
-        adjoint, first_slope, times = back(0, state, slope, 0, 0, adjoint, flat)
+        adjoint, first_slope, times = back(0, state, slope, 0, 0, adjoint, slope_cotangents)
     field.require_same(back.worst_deviation)
-    first_slope = None if first_slope is None else first_slope.view(cotangent.shape)
-    return adjoint.view(cotangent.shape), first_slope, None if times is None else _gathered([times], nothing)
+    return adjoint, first_slope, None if times is None else _gathered([times], nothing)
 
 
 class _StepBack:
@@ -151,7 +148,6 @@ class _StepBack:
         field: VectorField,
         sums: CotangentSums,
         given: Tensor,
-        shape: torch.Size,
         want_times: bool,
         keep: bool,
     ) -> None:
@@ -159,7 +155,6 @@ class _StepBack:
         self.field = field
         self.sums = sums
         self.given = given
-        self.shape = shape
         self.keep = keep
         # Graphs of the forward pass end in the leaves that stood in for dependencies then.
         self.graphs_hold = sums.stand_ins is field.stand_ins
@@ -171,13 +166,8 @@ class _StepBack:
         # Whether an output is the state at a step's end and no more.
         ends = (self.weights[:, : tableau.stages] == tableau.b).all(1) & (self.weights[:, tableau.stages :] == 0).all(1)
         self.is_end = (ends & (not want_times)).tolist()
-        # A row a stage: its slope while the step is taken forward again, then, on the way back, xi in its place. So the
-        # stages need s states, and X_i is formed from the slopes before it once more when its turn comes.
-        self.retaker = Retaker(trajectory, field, given[0], shape)
-        self.plain = self.retaker.plain
-        self.with_end = Workspace(tableau.with_end_stage(), given[0]) if dense.end_stage else self.plain
-        # Where stages were kept nothing is taken again, and the slopes come one by one, the last one first.
-        self._slopes: Workspace | None = None
+        self.retaker = Retaker(trajectory, field)
+        self.with_end = tableau.with_end_stage() if dense.end_stage else tableau
         self.following = trajectory.end
         self.worst_deviation = _zero(given)
 
@@ -198,94 +188,85 @@ class _StepBack:
             state: the state at its start.
             slope: the slope there, if it was handed on and is not to be evaluated again.
             begin, end: which outputs lie in it.
-            adjoint: the cotangent of x_{n+1}, flat.
-            slope_cotangents: by stage, the cotangents of slopes that are used outside the step, flat, None for zero:
-                that of the last one, where it is handed on.
+            adjoint: the cotangent of x_{n+1}.
+            slope_cotangents: by stage, the cotangents of slopes that are used outside the step, None for zero: that of
+                the last one, where it is handed on.
 
         Returns:
             The cotangent of x_n; that of the slope that was handed on to step n, None where none was; and those of the
             step's times, if wanted.
         """
-        trajectory, field, report, shape = self.trajectory, self.field, self.field.report, self.shape
+        trajectory, field, sums = self.trajectory, self.field, self.sums
         step, kept = trajectory.steps[n], trajectory.kept[n]
-        has_outputs = end > begin
-        work = self.with_end if has_outputs else self.plain
-        b, s = work.b, work.stages
-        h = step.h
-        work.set_size(h)
+        h, given = step.h, self.given[begin + 1 : end + 1]
+        tableau = trajectory.tableau if end == begin else self.with_end
+        s, later, (a, b) = tableau.stages, tableau.later, tableau.numbers
+        weighted = [False] * s if end == begin else (self.weights[begin:end] != 0).any(0).tolist()
         stage_times, keywords = self.retaker.stage_times(n), trajectory.stage_keywords(step)
-        start = state.reshape(-1).to(work.rows.dtype)
-        # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
-        stages = None if step.draws is not None or work.stages > trajectory.tableau.stages else kept.stages
-        taken_again = stages is None
-        given = self.given[begin + 1 : end + 1]
-        weights, weighted = self.device_weights, [False] * s
-        if has_outputs:
-            weights, weighted = weights[begin:end], (self.weights[begin:end] != 0).any(0).tolist()
         times = None if self.derivatives is None else _StepTimes(given, self.theta, self.derivatives, begin, end)
-
-        draws: list[GeneratorStates | None] = [None] * s
-        if taken_again:
-            draws = self.retaker.take(work, n, start, slope)
-        elif times is not None and step.slope_handed_on:
-            work.put(0, field(stage_times[0], state, keywords[0]) if slope is None else slope)
-        slopes = None if taken_again else self._kept_slopes()
-
+        start = state.to(adjoint.dtype)
+        # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
+        stages = None if step.draws is not None or s > trajectory.tableau.stages else kept.stages
         handed_on = 1 if step.slope_handed_on else 0
-        last = trajectory.tableau.stages - 1
-        nonzero = [False] * s
+        if stages is None:
+            slopes, draws = self.retaker.take(tableau, n, start, slope)
+        else:
+            slopes, draws = [None] * s, [None] * s
+            if times is not None and handed_on:
+                slopes[0] = field(stage_times[0], start, keywords[0]) if slope is None else slope
+
+        # By stage, xi; and while it goes back, `slopes` gives up those that no earlier stage is made of, so that both
+        # together take the memory of s states, and X_i is formed from the slopes before it once more.
+        xi: list[Tensor | None] = [None] * s
         first_slope_cotangent: Tensor | None = None
         for i in reversed(range(s)):
-            rate: Tensor | None = None  # kappa_i / h, less phi: what the size of the step, which may be 0, acts through
-            if any(nonzero[j] for j in work.later[i]):
-                rate = work.partner(i)
-            if b[i] != 0:
-                rate = adjoint * b[i] if rate is None else rate.add_(adjoint, alpha=b[i])
+            # rate is kappa_i / h, less phi: what the size of the step, which may be 0, acts through.
+            rate = adjoint * b[i] if b[i] != 0 else None
+            for j in later[i]:
+                if (of_later := xi[j]) is not None:
+                    rate = of_later * a[j][i] if rate is None else rate.add_(of_later, alpha=a[j][i])
             if weighted[i]:
-                rate = torch.mv(given.T, weights[:, i]) if rate is None else rate.addmv_(given.T, weights[:, i])
+                outside = _weighted(given, self.device_weights[begin:end, i])
+                rate = outside if rate is None else rate.add_(outside)
             kappa = rate
             if rate is not None:
                 kappa = rate.mul_(h) if times is None else rate * h
-            if (outside := slope_cotangents.get(i)) is not None:
-                kappa = outside if kappa is None else kappa + outside
+            if (phi := slope_cotangents.get(i)) is not None:
+                kappa = phi if kappa is None else kappa + phi
 
             if i < handed_on:
-                if times is not None:
-                    times.add_slope(0, work.row[0], rate)
+                if times is not None and slopes[0] is not None:
+                    times.add_slope(0, slopes[0], rate)
                 first_slope_cotangent = kappa
                 break
-            current = product = tau = None
             if kappa is not None or (times is not None and times.needs_slope(i)):
-                at = stages[i - 1] if stages is not None and i > 0 else work.stage(start, i)
+                at = stages[i - 1] if stages is not None and i > 0 else combined(start, a[i], slopes, h)
                 if (draw := draws[i]) is not None:
                     field.generators.set(draw)
-                evaluation = field.differentiable(
-                    stage_times[i], at.view(shape), keywords[i], times is not None, self.sums.stand_ins
-                )
-                report.recomputed += 1
-                current = evaluation.slope.detach()
+                evaluation = field.differentiable(stage_times[i], at, keywords[i], times is not None, sums.stand_ins)
+                field.report.recomputed += 1
+                slopes[i] = current = evaluation.slope.detach()
+                tau = None
                 if kappa is not None:
-                    product, tau = field.vjp(evaluation, kappa.view(shape), self.sums, times is not None)
-                    report.vjps += 1
+                    xi[i], tau = field.vjp(evaluation, kappa, sums, times is not None)
+                    field.report.vjps += 1
                 del evaluation
-            if times is not None and current is not None:
-                times.add_slope(i, current.reshape(-1).to(work.rows.dtype), rate)
-                times.add_stage_time(work.c[i], tau)
-            if slopes is not None:
-                slopes.put(i, current)
-            elif taken_again and i == last:
-                self._compare(work, start, current)
-            nonzero[i] = product is not None
-            work.put(i, product)
+                if times is not None:
+                    times.add_slope(i, current, rate)
+                    times.add_stage_time(float(tableau.c[i]), tau)
+            if stages is None:
+                if i == trajectory.tableau.stages - 1:
+                    self._compare(trajectory.tableau, h, start, slopes)
+                slopes[i:] = []
 
-        if slopes is not None:
-            self._compare_kept(slopes, h, start, kept, handed_on)
+        if stages is not None:
+            if handed_on and slopes[0] is None and s > 1 and h * a[1][0] != 0:
+                slopes[0] = (stages[0] - start) / (h * a[1][0])  # the second stage is made of it alone
+            self._compare(tableau, h, start, slopes)
         self.following = state
-        if has_outputs:
+        if end > begin:
             adjoint = adjoint + given.sum(0)
-        if any(nonzero):
-            adjoint = adjoint + work.rows[handed_on:s].sum(0)
-        return adjoint, first_slope_cotangent, times
+        return _sum([adjoint, *xi]), first_slope_cotangent, times
 
     def pull(
         self, n: int, end: int, adjoint: Tensor, slope_cotangents: Mapping[int, Tensor | None]
@@ -300,7 +281,7 @@ class _StepBack:
             The first step that it was carried back over; how many outputs lie in steps before that; the cotangents of
             the state at its start and of the slope that was handed on to it. None without a graph that can be used.
         """
-        trajectory, field, report, shape = self.trajectory, self.field, self.field.report, self.shape
+        trajectory, field, report = self.trajectory, self.field, self.field.report
         steps, places = trajectory.steps, trajectory.outputs
         graph = trajectory.kept[n].graph
         if graph is None or not self.graphs_hold or self.derivatives is not None:
@@ -331,12 +312,12 @@ class _StepBack:
                 given, weights = self.given[begin + 1 : end + 1], self.device_weights[begin:end]
                 add(graph.origin, given.sum(0))
                 for i in (self.weights[begin:end] != 0).any(0).nonzero().flatten().tolist():
-                    add(graph.slopes[i], torch.mv(given.T, weights[:, i]).mul_(steps[j].h))
+                    add(graph.slopes[i], _weighted(given, weights[:, i]).mul_(steps[j].h))
             end = begin
-        pulled = graph.pull(outputs, [cotangent.view(shape) for cotangent in cotangents], self.sums, self.keep)
+        pulled = graph.pull(outputs, cotangents, self.sums, self.keep)
         if pulled is None:
             return None
-        of_state, of_slope = (None if x is None else x.reshape(-1) for x in pulled)
+        of_state, of_slope = pulled
         before = torch.zeros_like(adjoint) if of_state is None else of_state
         report.vjps += sum(len(kept.graph.evaluations()) for kept in trajectory.kept[first : n + 1] if kept.graph)
         self.following = graph.leaf.detach()
@@ -350,39 +331,23 @@ class _StepBack:
             t, keywords = self.retaker.stage_times(n)[0], steps[n].first_keywords
             evaluation = field.differentiable(t, graph.leaf, keywords, False, self.sums.stand_ins)
             report.recomputed += 1
-        product, _ = field.vjp(evaluation, of_slope.view(shape), self.sums, False, self.keep)
-        return first, end, before if product is None else before + product.reshape(-1), None
+        product, _ = field.vjp(evaluation, of_slope, self.sums, False, self.keep)
+        return first, end, before if product is None else before + product, None
 
-    def _kept_slopes(self) -> Workspace:
-        """Where the slopes of a step are put whose stages were kept."""
-        if self._slopes is None:
-            self._slopes = Workspace(self.trajectory.tableau, self.given[0])
-        return self._slopes
-
-    def _compare(self, work: Workspace, start: Tensor, last_slope: Tensor | None) -> None:
-        """Note how far the step ends now from where the solve went on, its slopes but the last being in place."""
-        last = self.trajectory.tableau.stages - 1
-        missing = any(work.b[i] != 0 and not work.later[i] for i in range(last))
-        if self.following is None or missing or (last_slope is None and work.b[last] != 0):
+    def _compare(self, tableau: ButcherTableau, h: float, start: Tensor, slopes: Sequence[Tensor | None]) -> None:
+        """Note how far a step ends now from where the solve went on, if all slopes that it is made of are there."""
+        expected, b = self.following, tableau.numbers[1]
+        if (
+            expected is None
+            or not any(b)
+            or any(slope is None and weight != 0 for slope, weight in zip(slopes, b, strict=True))
+        ):
             return
-        work.put(last, last_slope)
-        self._note_deviation(start, work.combined(last + 1))
-
-    def _compare_kept(self, slopes: Workspace, h: float, start: Tensor, kept: Kept, handed_on: int) -> None:
-        """The same for a step whose stages were kept."""
-        slopes.set_size(h)
-        if handed_on and slopes.b[0] != 0:
-            if kept.stages is None or slopes.stages == 1 or h * slopes.a[1][0] == 0:
-                return
-            # The second stage is made of it alone.
-            slopes.put(0, (kept.stages[0] - start) / (h * slopes.a[1][0]))
-        if self.following is not None:
-            self._note_deviation(start, slopes.combined(slopes.stages))
-
-    def _note_deviation(self, start: Tensor, moved: Tensor) -> None:
-        assert self.following is not None
-        expected = self.following.reshape(-1)
-        off = torch.linalg.vector_norm(start + moved - expected)
+        moved = combined(None, b, slopes, h)
+        end = start + moved
+        if end.device.type == "cpu" and torch.equal(end, expected):  # elsewhere it would have to be waited for
+            return
+        off = torch.linalg.vector_norm(end - expected)
         # Relative to what was added up, of which little may be left.
         size = torch.linalg.vector_norm(start) + torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(moved)
         self.worst_deviation = torch.fmax(self.worst_deviation, off / size)
@@ -409,7 +374,7 @@ class _StepTimes:
         return any(row[i] != 0 for row in self.derivatives)
 
     def add_slope(self, i: int, slope: Tensor, rate: Tensor | None) -> None:
-        """Add what acts through slope i, flat, whose cotangent, without phi, is rate times the step's size."""
+        """Add what acts through slope i, whose cotangent, without phi, is rate times the step's size."""
         if rate is not None:
             self.size = self.size + _inner(rate, slope)
         for m, (theta, row) in enumerate(zip(self.theta, self.derivatives, strict=True)):
@@ -424,6 +389,20 @@ class _StepTimes:
         if tau is not None:
             self.start = self.start + tau
             self.size = self.size + c * tau
+
+
+def _weighted(given: Tensor, weights: Tensor) -> Tensor:
+    """sum_m w_m g_m, for g of shape (m, *state)."""
+    shape = given.shape[1:]
+    return torch.mv(given.reshape(len(given), shape.numel()).T, weights).view(shape)
+
+
+def _sum(terms: Sequence[Tensor | None]) -> Tensor:
+    """The sum of some of which the first is there."""
+    first, *others = [term for term in terms if term is not None]
+    for n, other in enumerate(others):
+        first = first.add_(other) if n else first + other
+    return first
 
 
 def _gathered(times: list[_StepTimes], like: Tensor) -> TimeCotangents:
@@ -443,4 +422,5 @@ def _zero(like: Tensor) -> Tensor:
 
 def _inner(cotangent: Tensor, vector: Tensor) -> Tensor:
     """The change of the loss per unit of the vector: autograd's gradient of a complex tensor is the conjugate one."""
+    cotangent, vector = cotangent.flatten(), vector.flatten().to(cotangent.dtype)
     return torch.vdot(cotangent, vector).real if cotangent.is_complex() else torch.dot(cotangent, vector)

@@ -86,6 +86,11 @@ class ButcherTableau:
         return not bool(self.a.triu().any())
 
     @functools.cached_property
+    def later(self) -> list[list[int]]:
+        """By stage, the later ones that are made of its slope."""
+        return [[j for j in range(i + 1, self.stages) if self.a[j, i] != 0] for i in range(self.stages)]
+
+    @functools.cached_property
     def first_same_as_last(self) -> bool:
         """Whether the last stage is the solution at the step's end, so that its slope is the next step's first."""
         return bool((self.a[-1] == self.b).all()) and float(self.c[-1]) == 1.0

@@ -123,6 +123,7 @@ class VectorField:
         edges = {edge_of(tensor): tensor for tensor in held.tensors if not tensor.is_leaf}
         stops = self._edges | edges.keys()
         before = self.generators.states()
+        t = t.detach().clone()  # the caller's may be changed in place
         evaluation = self.differentiable(t, x, keywords, want_time)
         slope = evaluation.slope
         self.draws = not self.generators.are_at(before)
@@ -231,7 +232,7 @@ class VectorField:
         """The slope f(t, x) with a graph of its own, which ends in the state, the time and the dependencies.
 
         Args:
-            t: time, a scalar.
+            t: time, a scalar that nobody changes in place as long as the graph is there.
             x: state.
             keywords: passed on to f.
             want_time: whether the product with df/dt will be needed.
@@ -241,13 +242,14 @@ class VectorField:
             leaf = x.detach().requires_grad_()
             # A view, whose node is older than all that f makes.
             argument = leaf.view_as(leaf)
-            t = t.detach().clone().requires_grad_(want_time)  # a copy: the caller's may be changed in place
+            if want_time:
+                t = t.detach().clone().requires_grad_()
             slope = self.evaluate(t, argument, keywords, self.stand_ins if stand_ins is None else stand_ins)
         return Evaluation(leaf, t, argument, keywords, slope)
 
     def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, stand_ins: StandIns) -> Tensor:
-        """The slope f(t, x), with its graph back to t, x and the dependencies or their stand-ins."""
-        with torch.enable_grad(), self._forward_autocast(), stand_ins.substitution():
+        """The slope f(t, x), where grad is enabled, with its graph back to t, x and the dependencies or stand-ins."""
+        with self._forward_autocast(), stand_ins.substitution():
             return self._checked(self.function(t, x, **keywords), x)
 
     def _checked(self, slope: Any, x: Tensor) -> Tensor:
@@ -329,8 +331,9 @@ class VectorField:
 
     def _forward_autocast(self) -> contextlib.AbstractContextManager[None]:
         """The autocast state of the forward pass, without its cache, which may hold casts that have no graph."""
-        if any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in self._autocast):
-            return self._autocast_again()
+        for kind, enabled, _ in self._autocast:
+            if enabled or torch.is_autocast_enabled(kind):
+                return self._autocast_again()
         return _NOTHING
 
     @contextlib.contextmanager

@@ -273,7 +273,7 @@ class _Recorder(ABC):
             state = state if graph.before is None else graph.origin.detach()  # the same, which the graph has anyway
             size = checkpoints.size_of(graph)
         elif checkpoints.wants_stages() and step.draws is None:  # else they must be evaluated again, in the same order
-            stages = [stage.reshape(-1) for stage in func.stages[0 if trajectory.hands_on_slope else 1 :]]
+            stages = func.stages[0 if trajectory.hands_on_slope else 1 :]
         func.first, func.stages, func.graph = None, [], None
         previous = trajectory.kept[-1] if trajectory.kept else None
         kept = Kept(previous, state, slope, stages, graph, len(trajectory.kept))

@@ -267,7 +267,7 @@ class _AdjointSteps:
         if graph is not None:
             size = checkpoints.size_of(graph)
         elif self.loss is None and evaluate.draws is None and checkpoints.wants_stages():
-            stages = [stage.reshape(-1) for stage in evaluate.stages[0 if given else 1 :]]
+            stages = evaluate.stages[0 if given else 1 :]
         kept = Kept(previous, x, slope, stages, graph, trajectory, end)
         checkpoints.add(kept, size, trajectory.steps[0].draws_size)
         return kept
