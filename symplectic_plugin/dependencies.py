@@ -260,7 +260,7 @@ _slots_of: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionar
 def _own_code(item: object) -> object:
     """The function that runs when an object of a user's class is called: it may use globals."""
     name = "forward" if isinstance(item, torch.nn.Module) else "__call__"
-    if str(type(item).__module__).partition(".")[0] in ("torch", "torchdiffeq", "torchdyn"):
+    if str(type(item).__module__).partition(".")[0] in ("torch", "torchdiffeq", "torchdyn", "symplectic_plugin"):
         return None
     return getattr(type(item), name, None)
 

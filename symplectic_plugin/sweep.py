@@ -319,7 +319,7 @@ class _StepBack:
             return None
         of_state, of_slope = pulled
         before = torch.zeros_like(adjoint) if of_state is None else of_state
-        report.vjps += sum(len(kept.graph.evaluations()) for kept in trajectory.kept[first : n + 1] if kept.graph)
+        report.vjps += (n + 1 - first) * len(graph.slopes) - (graph.first_slope is not None)
         self.following = graph.leaf.detach()
         if of_slope is None or steps[n].slope_handed_on:
             return first, end, before, of_slope

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.misc import Perturb
+from torchdiffeq._impl.misc import Perturb, _PerturbFunc
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 
 from ...checkpoints import Checkpoints, Kept
@@ -40,6 +40,21 @@ def recording(base: type) -> Any:
 @functools.cache
 def _recording(base: type, recorder: type) -> type:
     return type(base.__name__, (recorder, base), {"base": base})
+
+
+class Unperturbed:
+    """The vector field without the outermost of torchdiffeq's wrappers, where that does nothing.
+
+    It moves a time to its neighbour on request, and puts it into the state's precision, at a cost that a small network
+    feels.
+    """
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.inner = func.base_func if type(func) is _PerturbFunc else func
+
+    def __call__(self, t: Tensor, y: Tensor, **keywords: Any) -> Any:
+        return self.func(t, y, **keywords) if keywords or t.dtype != y.dtype else self.inner(t, y)
 
 
 class RecordedField:

@@ -22,7 +22,7 @@ from ...vector_field import VectorField
 from ...witness import refuse_transforms
 from . import adjoint
 from .methods import base_solver, is_one_step, solvers
-from .recorders import GridTimes, RecordedField, StartingTime, recording
+from .recorders import GridTimes, RecordedField, StartingTime, Unperturbed, recording
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -92,7 +92,11 @@ class SymplecticAdjoint:
                 raise ValueError(f"symplectic_adjoint: option {option!r} requires a gradient and gets none: detach it")
         self.y0 = y0
         self.field = VectorField(
-            func, y0.device, new_report("torchdiffeq", name, checkpoints.policy), adjoint_params, only_adjoint_params
+            Unperturbed(func),
+            y0.device,
+            new_report("torchdiffeq", name, checkpoints.policy),
+            adjoint_params,
+            only_adjoint_params,
         )
         self.recorded = RecordedField(self.field, func, y0)
         self.base = recording(base)(func=self.recorded, y0=y0.detach(), rtol=rtol, atol=atol, **options)
