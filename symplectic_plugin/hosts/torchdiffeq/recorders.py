@@ -251,6 +251,8 @@ class _Recorder(ABC):
             checkpoints.measure(
                 field, evaluation, self.y0, tableau.stages, slope_kept or (handed_on and field.draws), outputs, steps
             )
+            # Within a graph autograd sums in the parameters' precision: of half precision that is to be no long sum.
+            self._links_graphs = all(tensor.element_size() >= 4 for tensor in field.dependencies)
             return self._wants_graph()
 
         self.func.on_discovery = begin
@@ -513,7 +515,9 @@ class FixedGrid(_Recorder):
         if trajectory is None or not trajectory.kept or not self._is_own or self._grid is None:
             return None
         graph = trajectory.kept[-1].graph
-        if graph is None or graph.index + 1 == _CHUNK or y0._version != 0:  # a callback may have changed it
+        if graph is None or not self._links_graphs or graph.index + 1 == _CHUNK:
+            return None
+        if y0._version != 0:  # a callback has changed it
             return None
         return None if trajectory.dense.end_stage else graph  # outputs are made of slopes that are not in it
 

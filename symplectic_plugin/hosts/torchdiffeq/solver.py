@@ -12,8 +12,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torchdiffeq._impl import misc
 
 from ...checkpoints import Checkpoints
+from ...compiled import Compiled
 from ...gradient import attach
 from ...report import new_report
 from ...saved import hooks_are_active
@@ -38,6 +40,19 @@ def _not_compiled(method: _Method) -> _Method:
     return wrapped  # type: ignore[return-value]
 
 
+def _with_compiled_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> Any:
+    """The same, with what the user gave compiled, but none of torchdiffeq's wrappers, which are new in each solve."""
+    if type(func).__module__ != misc.__name__:
+        return Compiled(func, how)
+    wrapper = func
+    while type(wrapper.base_func).__module__ == misc.__name__:
+        wrapper = wrapper.base_func
+    given = wrapper.base_func
+    del wrapper.base_func  # a module's place takes no function
+    wrapper.base_func = Compiled(given, how)
+    return func
+
+
 class SymplecticAdjoint:
     """A base solver of torchdiffeq's, its gradient computed by the symplectic adjoint method.
 
@@ -49,6 +64,7 @@ class SymplecticAdjoint:
         checkpoint: what to keep for the backward pass: "auto", "stages", "steps" or "binomial".
         memory_budget: in bytes, for the solve and its backward pass.
         offload: where to keep states: "cpu", or a directory.
+        compile: whether to have torch.compile compile func: True, a mode, or a dictionary of its arguments.
         adjoint_params: tensors that func depends on, in addition to those that are found.
         only_adjoint_params: whether no other tensor is to have a gradient.
         **options: the base solver's.
@@ -70,6 +86,7 @@ class SymplecticAdjoint:
         checkpoint: str | None = None,
         memory_budget: int | None = None,
         offload: str | os.PathLike[str] | None = None,
+        compile: bool | str | Mapping[str, Any] = False,
         adjoint_params: Iterable[Tensor] = (),
         only_adjoint_params: bool = False,
         **options: Any,
@@ -90,6 +107,8 @@ class SymplecticAdjoint:
         for option, value in options.items():
             if isinstance(value, Tensor) and value.requires_grad and option != "step_size":
                 raise ValueError(f"symplectic_adjoint: option {option!r} requires a gradient and gets none: detach it")
+        if compile:
+            func = _with_compiled_user_function(func, compile)
         self.y0 = y0
         self.field = VectorField(
             Unperturbed(func),

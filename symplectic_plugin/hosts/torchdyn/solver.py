@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
 from ...checkpoints import Checkpoints, Kept
+from ...compiled import Compiled
 from ...randomness import Generators, GeneratorStates
 from ...report import new_report
 from ...saved import hooks_are_active
@@ -48,7 +49,7 @@ class SymplecticAdjoint:
 
     Args:
         dtype: of the state.
-        checkpoint, memory_budget, offload, adjoint_params: as for torchdiffeq.
+        checkpoint, memory_budget, offload, compile, adjoint_params: as for torchdiffeq.
     """
 
     solver: ClassVar[str] = "tsit5"
@@ -60,11 +61,13 @@ class SymplecticAdjoint:
         checkpoint: str | None = None,
         memory_budget: int | None = None,
         offload: str | os.PathLike[str] | None = None,
+        compile: bool | str | Mapping[str, Any] = False,
         adjoint_params: Iterable[Tensor] = (),
     ) -> Any:
         result = with_adjoint(SOLVER_DICT[cls.solver](dtype), adjoint_params)
         Checkpoints(checkpoint, memory_budget)  # refuses what is no policy or no budget
         result.checkpoint, result.memory_budget, result.offload = checkpoint, memory_budget, offload
+        result.compile = compile
         return result
 
     @classmethod
@@ -143,6 +146,7 @@ class _AdjointSteps:
     checkpoint: str | None = None
     memory_budget: int | None = None
     offload: str | os.PathLike[str] | None = None
+    compile: bool | str | Mapping[str, Any] = False
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
@@ -316,7 +320,8 @@ class _Solve:
         self.tableau = tableau_of(solver)
         self.discovered = False
         if self.tableau is not None and isinstance(x, Tensor):
-            function = f if solver.loss is None else _WithLoss(f, solver.loss, x.shape)
+            function = Compiled(f, solver.compile) if solver.compile else f
+            function = function if solver.loss is None else _WithLoss(function, solver.loss, x.shape)
             self.checkpoints = Checkpoints(solver.checkpoint, solver.memory_budget, storage(solver.offload, x.device))
             if hooks_are_active():
                 self.checkpoints.only_states()
