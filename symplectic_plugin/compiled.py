@@ -1,11 +1,13 @@
-"""A vector field compiled by torch.compile, and evaluated as it is where that fails."""
+"""torch.compile: a vector field compiled by it, evaluated as it is where that fails; and what it is to leave alone."""
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +56,27 @@ class Compiled:
                     stacklevel=2,
                 )
         return self.function(*args, **keywords)
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def not_compiled(method: _Method) -> _Method:
+    """Have torch.compile, if it compiles what calls this, leave this alone: its control flow depends on data."""
+
+    left_alone: Callable[..., Any] | None = None
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **keywords: Any) -> Any:
+        nonlocal left_alone
+        if left_alone is None:
+            dynamo = sys.modules.get("torch._dynamo")  # not imported for this: it takes seconds
+            if dynamo is None:
+                return method(*args, **keywords)
+            left_alone = dynamo.disable(method)
+        return left_alone(*args, **keywords)
+
+    return wrapped  # type: ignore[return-value]
 
 
 def _is_of_compilation(error: BaseException) -> bool:

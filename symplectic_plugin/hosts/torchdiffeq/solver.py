@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torchdiffeq._impl import misc
 
 from ...checkpoints import Checkpoints
-from ...compiled import Compiled
+from ...compiled import Compiled, not_compiled
 from ...gradient import attach
 from ...report import new_report
 from ...saved import hooks_are_active
@@ -25,19 +23,6 @@ from ...witness import refuse_transforms
 from . import adjoint
 from .methods import base_solver, is_one_step, solvers
 from .recorders import GridTimes, RecordedField, StartingTime, Unperturbed, recording
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _not_compiled(method: _Method) -> _Method:
-    """Have torch.compile, if it compiles what calls this, leave this alone: its control flow depends on data."""
-
-    @functools.wraps(method)
-    def wrapped(*args: Any) -> Any:
-        dynamo = sys.modules.get("torch._dynamo")  # not imported for this: it takes seconds
-        return method(*args) if dynamo is None else dynamo.disable(method)(*args)
-
-    return wrapped  # type: ignore[return-value]
 
 
 def _with_compiled_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> Any:
@@ -147,7 +132,7 @@ class SymplecticAdjoint:
         """Undo `install`."""
         adjoint.uninstall()
 
-    @_not_compiled
+    @not_compiled
     def integrate(self, t: Tensor) -> Tensor:
         """The solution at the times t, shape (len(t), *y0.shape)."""
         begin = time.perf_counter()
@@ -160,7 +145,7 @@ class SymplecticAdjoint:
         self.field.report.forward_seconds += time.perf_counter() - begin
         return solution
 
-    @_not_compiled
+    @not_compiled
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The time of the event, a constant as in torchdiffeq, and the states at t0 and then, shape (2, *y0.shape)."""
         begin = time.perf_counter()

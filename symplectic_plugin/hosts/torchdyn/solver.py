@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
 from ...checkpoints import Checkpoints, Kept
-from ...compiled import Compiled
+from ...compiled import Compiled, not_compiled
 from ...randomness import Generators, GeneratorStates
 from ...report import new_report
 from ...saved import hooks_are_active
@@ -172,6 +172,7 @@ class _AdjointSteps:
         state = {name: value for name, value in self.__dict__.items() if name != "solve"}
         return _restored, (self.base,), state
 
+    @not_compiled
     def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None) -> Any:
         """torchdyn's step, with a gradient for the state, the time and size, the slope handed on, and all f depends on.
 
