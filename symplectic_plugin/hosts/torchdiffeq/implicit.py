@@ -167,6 +167,9 @@ class FixedGridImplicit(_Implicit, FixedGridODESolver):
 class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
     """A pair of diagonally implicit methods, with torchdiffeq's error norm, step sizes, interpolant and events."""
 
+    step_t: Any
+    jump_t: Any
+
     def _adaptive_step(self, rk_state: Any) -> Any:
         t0, t1, dt = self._ends(rk_state)
         y0, func = rk_state.y1, self.func
@@ -185,6 +188,16 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
             return super()._adaptive_step(rk_state)
         finally:
             self.func = func
+
+    def _before_integrate(self, t: Tensor) -> None:
+        if self.method.nonstiff is not None and len(t) > 1:
+            # Slopes of an additive method's stages are far from the solution's where that is stiff, and so is an
+            # interpolant made of them: outputs are ends of steps.
+            given = t[:0] if self.step_t is None else self.step_t.to(t)
+            jumps = t[:0] if self.jump_t is None else self.jump_t.to(t)
+            times = torch.cat([given, t[1:]]).unique()
+            self.step_t = times[~torch.isin(times, jumps)]
+        super()._before_integrate(t)
 
     def _ends(self, rk_state: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Start, end and size of the step that torchdiffeq is about to take."""
