@@ -1,6 +1,6 @@
 """One step of an implicit Runge-Kutta method, and its symplectic partner's step back.
 
-With the slopes' cotangents kappa_i = h b_i Lambda_i (DESIGN: `sweep`), and r_i what acts on slope k_i from outside the
+With the slopes' cotangents kappa_i = h b_i Lambda_i (see `sweep`), and r_i what acts on slope k_i from outside the
 stages, that is the step's end, the outputs in it and the step after:
 
     kappa_i = r_i + h sum_j a_ji xi_j,    xi_i = (df/dx)^T kappa_i   at (t_n + c_i h, X_i)
