@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from symplectic_plugin import ButcherTableau, partner_tableau, read_tableau
 from symplectic_plugin.hosts.torchdiffeq.methods import is_one_step, read_method, solvers
-from symplectic_plugin.hosts.torchdiffeq.recorders import recording
+from symplectic_plugin.hosts.torchdiffeq.recording import recording
 
 from .rooted_trees import density, elementary_weight, trees
 from .strategies import tableaux

@@ -46,17 +46,22 @@ class TakenStep:
 
     Args:
         stages: X_i, shape (s, B, n).
-        slopes: k_i, of both parts together, shape (s, B, n).
+        parts: the slopes k_i, shape (1, s, B, n); for an additive method those of the two parts, (2, s, B, n).
         increment: x_{n+1} - x_n, shape (B, n).
         failed: which batch elements have no solution, shape (B,). Then the rest holds whatever was arrived at.
         reason: why, if any has none.
     """
 
     stages: Tensor
-    slopes: Tensor
+    parts: Tensor
     increment: Tensor
     failed: Tensor
     reason: str = ""
+
+    @property
+    def slopes(self) -> Tensor:
+        """k_i, of both parts together, shape (s, B, n)."""
+        return total(self.parts)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,24 @@ class ImplicitSteps:
         # Not f at the stages, which would magnify what is left of their error by f's stiffness.
         slopes = torch.einsum("ij,bjn->ibn", (self._inverse / h).to(x), solution.z)
         increment = h * self._weighted(self._b, slopes)
-        return TakenStep((base + solution.z).transpose(0, 1), slopes, increment, solution.failed, solution.reason)
+        return TakenStep((base + solution.z).transpose(0, 1), slopes[None], increment, solution.failed, solution.reason)
+
+    def moved(self, parts: Tensor) -> Tensor:
+        """(X_i - x_n) / h, shape (s, B, n), of stages with these slopes, as `TakenStep` has them."""
+        tableaux = [self.method.tableau, self.method.nonstiff]
+        return total(
+            torch.stack(
+                [
+                    torch.einsum("ij,jbn->ibn", tableau.a.to(part), part)
+                    for tableau, part in zip(tableaux, parts, strict=False)
+                    if tableau is not None
+                ]
+            )
+        )
+
+    def rate(self, slopes: Tensor) -> Tensor:
+        """(x_{n+1} - x_n) / h, shape (B, n), of a step with these slopes of all parts together."""
+        return self._weighted(self._b, slopes)
 
     def _take_one_by_one(
         self, fields: StepFields, x: Tensor, h: float, weights: Tensor, first_slope: Tensor | None
@@ -141,11 +163,12 @@ class ImplicitSteps:
                 stiff[i] = solution.z[:, 0] / (h * a[i][i])
                 failed = failed | solution.failed
                 if bool(failed.any()):
-                    return TakenStep(stages, stiff, 0 * x, failed, f"stage {i + 1} has no solution: {solution.reason}")
+                    reason = f"stage {i + 1} has no solution: {solution.reason}"
+                    return TakenStep(stages, stiff[None], 0 * x, failed, reason)
             if fields.nonstiff is not None:
                 nonstiff[i] = fields.nonstiff[i].value(stages[i])
-        slopes = stiff if self._nonstiff is None else stiff + nonstiff
-        return TakenStep(stages, slopes, h * self._weighted(self._b, slopes), failed)
+        parts = stiff[None] if self._nonstiff is None else torch.stack([stiff, nonstiff])
+        return TakenStep(stages, parts, h * self.rate(total(parts)), failed)
 
     def back(
         self,
@@ -280,6 +303,11 @@ class ImplicitSteps:
             if weight != 0:
                 total = total.add(row, alpha=weight)
         return total
+
+
+def total(parts: Tensor) -> Tensor:
+    """What the parts of a vector field make together: their sum over the first dimension."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
