@@ -1,7 +1,7 @@
 """Implicit methods that autograd can go through, by dense algebra: what the flag's gradients are compared with.
 
 All slopes of a step, of all batch elements and parts, are one dense system G(K) = 0. It is solved by Newton's method
-without a graph; then one correction K - M^{-1} G(K) with the constant matrix M = dG/dK, which leaves the value as it is,
+without a graph; then one correction K - M^{-1} G(K) with the constant matrix M = dG/dK, which leaves the value alone,
 has the derivatives that the implicit function theorem says that the solution has. Everything else is torchdiffeq's.
 """
 
@@ -25,6 +25,7 @@ def slopes_of_step(
     """The slopes of a step, shape (parts, stages, *state), with their history."""
     tableaux = [method.tableau] + ([] if method.nonstiff is None else [method.nonstiff])
     s, c = method.tableau.stages, method.tableau.c.tolist()
+    dt = torch.as_tensor(dt, dtype=x.dtype)  # a number, up to an event
     times = [t1 if c_i == 1 else t0 + c_i * dt for c_i in c]
 
     def equations(slopes: Tensor, x: Tensor, dt: Tensor, times: Any, first: Any) -> Tensor:
