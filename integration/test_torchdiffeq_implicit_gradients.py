@@ -97,7 +97,7 @@ def make(problem, t: Tensor) -> tuple[Field, Tensor]:
 
 
 @pytest.mark.parametrize("method", FIXED)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(problems, st.data())
 def test_fixed_grids(method, problem, data) -> None:
     t = data.draw(output_times(0.7))
@@ -115,7 +115,7 @@ def test_fixed_grids(method, problem, data) -> None:
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(problems, st.data())
 def test_adaptive_steps(method, problem, data) -> None:
     t = data.draw(output_times(0.7))
@@ -212,7 +212,7 @@ def test_the_product_of_adjoint_and_variation_is_conserved(method) -> None:
     assert abs(before @ delta - adjoint @ end[2:]) <= 1e-12 * scale
 
 
-@pytest.mark.parametrize("method", ["gl4", "trbdf2", "kencarp3", "kencarp3_imex"])
+@pytest.mark.parametrize("method", ["gl4", "kencarp3", "kencarp3_imex"])
 def test_every_policy_and_budget_gives_the_same_gradient(method, tmp_path) -> None:
     field, y0 = Field(3, 3), torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     t = torch.linspace(0, 1, 6, dtype=torch.float64)
