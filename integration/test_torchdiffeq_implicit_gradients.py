@@ -245,13 +245,12 @@ def test_every_policy_and_budget_gives_the_same_gradient(method, tmp_path) -> No
         assert report.checkpoint_bytes <= report.budget_bytes
 
 
-@pytest.mark.parametrize("method", ["sdirk2", "radauIIA3", "kencarp3"])
+@pytest.mark.parametrize("method", ["sdirk2", "radauIIA3"])
 def test_complex_states_are_pairs_of_real_ones(method) -> None:
     z0 = torch.randn(3, dtype=torch.complex128, generator=torch.Generator().manual_seed(4))
     w = torch.randn(3, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(5)).requires_grad_()
     t = torch.linspace(0, 1, 4, dtype=torch.float64)
-    options = {"step_size": 0.1} if method in FIXED else {"first_step": 0.1, "max_step": 0.1}
-    solve = {"others": (w,), "rtol": 1e-3, "atol": 1e-3, "options": options}
+    solve = {"others": (w,), "options": {"step_size": 0.1}}
 
     def field(t, z):
         return torch.tanh(w @ z.conj()) * torch.exp(1j * t) - 10 * z
@@ -266,9 +265,7 @@ def test_complex_states_are_pairs_of_real_ones(method) -> None:
 
     expected = Outcome(Real(), z0, t, method=f"reference_{method}", odeint=odeint, **solve)
     actual = Outcome(field, z0, t, method=f"{FLAG}:{method}", **solve)
-    if method in FIXED:
-        torch.testing.assert_close(actual.values, expected.values, rtol=1e-11, atol=1e-11)
-        assert max(errors(actual, expected).values()) <= EXACT
+    assert_exact(actual, expected)
 
 
 @pytest.mark.parametrize("method", ["implicit_euler", "gl4", "kencarp5"])
