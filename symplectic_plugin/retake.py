@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,13 @@ class Retaker:
         self.trajectory = trajectory
         self.field = field
         self.shape = shape
-        self.plain = Workspace(trajectory.tableau, like)
+        self._like = like
         self._times: dict[int, Sequence[Sequence[Tensor]]] = {}
+
+    @functools.cached_property
+    def plain(self) -> Workspace:
+        """The slopes of a step of the method, which is explicit."""
+        return Workspace(self.trajectory.tableau, self._like)
 
     def stage_times(self, n: int) -> Sequence[Tensor]:
         """The times of the stages of step n, of which those of its neighbours are made as well."""

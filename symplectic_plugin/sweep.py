@@ -8,40 +8,27 @@ With kappa_i = h b_i Lambda_i, the cotangent of the slope k_i, no weight is divi
 
 g_m is the cotangent of an output at t_n + theta_m h. Where the first slope is handed on from the step before, it has no
 xi of its own: its cotangent phi goes to the slope that it is. (Matsubara, Miyatake, Yaguchi, NeurIPS 2021, eq. 7 and
-algorithm 2, with outputs inside steps and slopes handed on.)
+algorithm 2, with outputs inside steps and slopes handed on.) That is so for explicit methods; `implicit.step_back` has
+the others'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .checkpoints import Kept
 from .cotangents import CotangentSums
+from .implicit.step_back import ImplicitStepBack
 from .randomness import GeneratorStates
 from .retake import Retaker
 from .runge_kutta import Workspace
 from .step_graph import StepGraph
+from .step_times import StepTimes, TimeCotangents, gathered, zero
 from .trajectory import Step, Trajectory
 from .vector_field import VectorField
-
-
-@dataclass(frozen=True)
-class TimeCotangents:
-    """Cotangents of a solve's times.
-
-    Args:
-        starts: of each step's start t_n, its size held, shape (N,).
-        sizes: of each step's size h, its start held, shape (N,).
-        outputs: of the time of each output but the first, shape (M,).
-    """
-
-    starts: Tensor
-    sizes: Tensor
-    outputs: Tensor
 
 
 def sweep(
@@ -66,9 +53,9 @@ def sweep(
         The cotangent of the initial state, and those of the times if wanted.
     """
     given = cotangent.reshape(len(cotangent), cotangent[0].numel())
-    back = _StepBack(trajectory, field, sums, given, cotangent.shape[1:], want_times, keep)
+    back = _step_back(trajectory)(trajectory, field, sums, given, cotangent.shape[1:], want_times, keep)
     places = trajectory.outputs
-    times: list[_StepTimes] = []
+    times: list[StepTimes] = []
     adjoint = torch.zeros_like(given[0])
     slope_cotangent: Tensor | None = None
     last = trajectory.tableau.stages - 1
@@ -88,7 +75,7 @@ def sweep(
     field.require_same(back.worst_deviation)
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)
-    return adjoint.view(cotangent.shape[1:]), _gathered(times[::-1], given) if want_times else None
+    return adjoint.view(cotangent.shape[1:]), gathered(times[::-1], given) if want_times else None
 
 
 def sweep_step(
@@ -119,16 +106,20 @@ def sweep_step(
     """
     flat = {i: None if slope is None else slope.reshape(-1) for i, slope in slope_cotangents.items()}
     nothing = cotangent.new_zeros(1, cotangent.numel())
-    back = _StepBack(trajectory, field, sums, nothing, cotangent.shape, want_times, keep)
+    back = _step_back(trajectory)(trajectory, field, sums, nothing, cotangent.shape, want_times, keep)
     back.following = following
     adjoint, first_slope, times = back(0, state, slope, 0, 0, cotangent.reshape(-1), flat)
     field.require_same(back.worst_deviation)
     first_slope = None if first_slope is None else first_slope.view(cotangent.shape)
-    return adjoint.view(cotangent.shape), first_slope, None if times is None else _gathered([times], nothing)
+    return adjoint.view(cotangent.shape), first_slope, None if times is None else gathered([times], nothing)
+
+
+def _step_back(trajectory: Trajectory) -> type[_StepBack] | type[ImplicitStepBack]:
+    return _StepBack if trajectory.implicit is None else ImplicitStepBack
 
 
 class _StepBack:
-    """One step of the partner method."""
+    """One step of the partner method, for an explicit one."""
 
     def __init__(
         self,
@@ -161,7 +152,7 @@ class _StepBack:
         # Where stages were kept nothing is taken again, and the slopes come one by one, the last one first.
         self._slopes: Workspace | None = None
         self.following = trajectory.end
-        self.worst_deviation = _zero(given)
+        self.worst_deviation = zero(given)
 
     def __call__(
         self,
@@ -172,7 +163,7 @@ class _StepBack:
         end: int,
         adjoint: Tensor,
         slope_cotangents: Mapping[int, Tensor | None],
-    ) -> tuple[Tensor, Tensor | None, _StepTimes | None]:
+    ) -> tuple[Tensor, Tensor | None, StepTimes | None]:
         """Carry the adjoint from the end of step n to its start.
 
         Args:
@@ -204,7 +195,7 @@ class _StepBack:
         weights, weighted = self.device_weights, [False] * s
         if has_outputs:
             weights, weighted = weights[begin:end], (self.weights[begin:end] != 0).any(0).tolist()
-        times = None if self.derivatives is None else _StepTimes(given, self.theta, self.derivatives, begin, end)
+        times = None if self.derivatives is None else StepTimes(given, self.theta, self.derivatives, begin, end)
 
         if kept.graph is not None and self.graphs_hold and times is None and work is self.plain:
             pulled = self._pull(kept.graph, step, adjoint, given, weights, weighted, slope_cotangents)
@@ -348,61 +339,3 @@ class _StepBack:
         # Relative to what was added up, of which little may be left.
         size = torch.linalg.vector_norm(start) + torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(moved)
         self.worst_deviation = torch.fmax(self.worst_deviation, off / size)
-
-
-class _StepTimes:
-    """The cotangents of one step's times, in the making.
-
-    With tau_i the cotangent of stage i's time: that of the start is sum_i tau_i and that of the size
-    sum_i <k_i, rate_i> + sum_i c_i tau_i, with rate_i = kappa_i / h less what comes from outside the step. An output at
-    theta in the step has the cotangent <g, dx/dtheta> / h, and takes it, and theta times it, from the two.
-    """
-
-    def __init__(self, given: Tensor, theta: Tensor, derivatives: Tensor, begin: int, end: int) -> None:
-        self.given = given
-        self.theta = theta[begin:end].tolist()
-        self.derivatives = derivatives[begin:end].tolist()
-        zero = _zero(given)
-        self.start = self.size = zero
-        self.outputs = [zero] * len(self.theta)
-
-    def needs_slope(self, i: int) -> bool:
-        """Whether slope i matters to the outputs' times, if to nothing else."""
-        return any(row[i] != 0 for row in self.derivatives)
-
-    def add_slope(self, i: int, slope: Tensor, rate: Tensor | None) -> None:
-        """Add what acts through slope i, flat, whose cotangent, without phi, is rate times the step's size."""
-        if rate is not None:
-            self.size = self.size + _inner(rate, slope)
-        for m, (theta, row) in enumerate(zip(self.theta, self.derivatives, strict=True)):
-            if row[i] != 0:
-                moved = row[i] * _inner(self.given[m], slope)
-                self.outputs[m] = self.outputs[m] + moved
-                self.start = self.start - moved
-                self.size = self.size - theta * moved
-
-    def add_stage_time(self, c: float, tau: Tensor | None) -> None:
-        """Add the cotangent of the time of a stage at c."""
-        if tau is not None:
-            self.start = self.start + tau
-            self.size = self.size + c * tau
-
-
-def _gathered(times: list[_StepTimes], like: Tensor) -> TimeCotangents:
-    empty = _zero(like).new_zeros(0)
-    outputs = [output for step in times for output in step.outputs]
-    return TimeCotangents(
-        torch.stack([step.start for step in times]) if times else empty,
-        torch.stack([step.size for step in times]) if times else empty,
-        torch.stack(outputs) if outputs else empty,
-    )
-
-
-def _zero(like: Tensor) -> Tensor:
-    """A real zero in a state's precision."""
-    return torch.zeros((), dtype=torch.empty(0, dtype=like.dtype).abs().dtype, device=like.device)
-
-
-def _inner(cotangent: Tensor, vector: Tensor) -> Tensor:
-    """The change of the loss per unit of the vector: autograd's gradient of a complex tensor is the conjugate one."""
-    return torch.vdot(cotangent, vector).real if cotangent.is_complex() else torch.dot(cotangent, vector)
