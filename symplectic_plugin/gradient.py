@@ -121,11 +121,6 @@ class _Gradient(torch.autograd.Function):
         refuse_third_derivatives()
         refuse_batches(directions)
         record, witness = ctx.arguments
-        if record.trajectory.implicit is not None:
-            raise RuntimeError(
-                "symplectic_adjoint: there are no second derivatives (create_graph=True) with an implicit method: use "
-                "an explicit one for those"
-            )
         *unpacked, end = ctx.saved_tensors[: 3 + record.n_times]
         needed = [True] * len(record.field.dependencies)
         with (

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .linear import Factors, gmres
-from .stage_field import GraphOf, Pushforward, StageField, jacobian
+from .stage_field import GraphOf, Layout, Pushforward, StageField, jacobian
 
 _KEPT_RATE = 0.1
 """A Jacobian from a step before serves as long as each iteration with it leaves at most this part of the error."""
@@ -67,6 +68,19 @@ class NewtonOptions:
     def dense(self, unknowns: int) -> bool:
         """Whether systems of this many unknowns are solved by LU."""
         return self.linear_solver == "dense" or (self.linear_solver == "auto" and unknowns <= self.dense_limit)
+
+
+OPTIONS = frozenset(field.name for field in fields(NewtonOptions))
+"""Their names."""
+
+
+def tolerance_weights(layout: Layout, rtol: Any, atol: Any, state: Tensor) -> Tensor:
+    """The error that tolerances, numbers or tensors, allow in each component in a step from a state, shape (B, n)."""
+    size = state.abs()
+    weights = (atol + rtol * size).to(size).expand(size.shape)
+    flat = layout.flat(torch.complex(weights, weights) if state.is_complex() else weights)
+    # Zero tolerances leave rounding.
+    return flat.clamp_min(torch.finfo(flat.dtype).tiny ** 0.5)
 
 
 @dataclass(frozen=True)

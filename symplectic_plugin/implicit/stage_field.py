@@ -112,6 +112,24 @@ class GraphOf:
         return self.pull(cotangent), None
 
 
+def stage_field(function: Callable[[Tensor], Tensor], layout: Layout) -> StageField:
+    """f at one stage, for a forward solve.
+
+    Args:
+        function: f as a function of a host's state.
+        layout: how that is laid out.
+    """
+
+    def graph(x: Tensor) -> Tensor:
+        return layout.flat(function(layout.shaped(x)))
+
+    def value(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return graph(x)
+
+    return StageField(value, graph, lambda x: GraphOf(graph, x))
+
+
 def jacobian(linearized: Linearized) -> Tensor:
     """df/dx, shape (B, n, n), by vector-Jacobian products with the n unit vectors, each for the whole batch at once.
 

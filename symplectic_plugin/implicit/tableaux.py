@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..tableau import ButcherTableau
 
-Rows = Sequence[Sequence[float | Fraction]]
+Rows = Sequence[Sequence[float | Fraction] | Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,8 @@ def midpoint_weights(parts: Sequence[ButcherTableau], order: int, damped: int) -
     return weights
 
 
-def _square(rows: Rows) -> Tensor:
+def lower_rows(rows: Rows) -> Tensor:
+    """The square matrix with these rows, float64, each as far as it is given."""
     a = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
@@ -139,7 +140,7 @@ def _square(rows: Rows) -> Tensor:
 
 
 def _tableau(rows: Rows, b: Sequence[float | Fraction]) -> ButcherTableau:
-    a = _square(rows)
+    a = lower_rows(rows)
     c = a.sum(1)
     # Times that are the step's ends must be so to the last bit.
     c = torch.where((c - c.round()).abs() < 1e-14, c.round(), c)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torchdiffeq._impl import rk_common
 from torchdiffeq._impl.misc import (
     Perturb,
     _optimal_step_size,
@@ -20,12 +21,12 @@ from torchdiffeq._impl.misc import (
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from ...implicit.newton import NewtonOptions
-from ...implicit.stage_field import GraphOf, Layout, StageField
+from ...implicit.newton import OPTIONS, NewtonOptions, tolerance_weights
+from ...implicit.no_gradient import without_gradient
+from ...implicit.stage_field import Layout, StageField, stage_field
 from ...implicit.step import ImplicitSteps, StepFields, TakenStep
-from ...implicit.tableaux import METHODS, ImplicitMethod
-
-_OPTIONS = {field.name for field in fields(NewtonOptions)}
+from ...implicit.tableaux import METHODS, ImplicitMethod, lower_rows
+from ...tableau import ButcherTableau
 
 _HAS_LIMITS = "min_step" in inspect.signature(RKAdaptiveStepsizeODESolver.__init__).parameters
 """Whether torchdiffeq has limits for step sizes, and callbacks: 0.2.3 has neither."""
@@ -54,11 +55,11 @@ class _Implicit:
     ) -> None:
         if torch.finfo(y0.dtype).bits < 32:
             raise ValueError(f"{self.method.name}: give the state in single or double precision, not in {y0.dtype}")
-        own = {name: options.pop(name) for name in list(options) if name in _OPTIONS}
+        own = {name: options.pop(name) for name in list(options) if name in OPTIONS}
         super().__init__(func=func, y0=y0, rtol=rtol, atol=atol, **options)  # type: ignore[call-arg]
         self.layout = Layout(y0.shape, y0.dtype, independent_batch)
         self.steps = ImplicitSteps(self.method, NewtonOptions(**own))
-        self.weights = functools.partial(_weights, self.layout, rtol, atol)
+        self.weights = functools.partial(tolerance_weights, self.layout, rtol, atol)
         self.parts = None if self.method.nonstiff is None else self.parts_of(func)
         self._compared = False
 
@@ -93,16 +94,7 @@ class _Implicit:
         return StepFields(stages, others[0] if others else None)
 
     def _field(self, func: Any, t: Tensor, keywords: dict[str, Any]) -> StageField:
-        layout = self.layout
-
-        def value(x: Tensor) -> Tensor:
-            with torch.no_grad():
-                return layout.flat(func(t, layout.shaped(x), **keywords))
-
-        def graph(x: Tensor) -> Tensor:
-            return layout.flat(func(t, layout.shaped(x), **keywords))
-
-        return StageField(value, graph, lambda x: GraphOf(graph, x))
+        return stage_field(lambda x: func(t, x, **keywords), self.layout)
 
     def _compare_parts(self, t0: Tensor, y0: Tensor) -> None:
         """Check once that the parts add up to the whole.
@@ -124,33 +116,8 @@ class _Implicit:
         if not torch.is_grad_enabled():
             return solution
         slope = self.func(t.reshape(-1)[0], self.y0)
-        inputs = [x for x in (slope, self.y0, t) if x.requires_grad]
-        return _NoGradient.apply(self.method.name, solution, *inputs) if inputs else solution
-
-
-def _weights(layout: Layout, rtol: Any, atol: Any, y0: Tensor) -> Tensor:
-    """The error that the tolerances allow in each component in a step, shape (B, n)."""
-    size = y0.abs()
-    weights = (atol + rtol * size).to(size).expand(size.shape)
-    flat = layout.flat(torch.complex(weights, weights) if y0.is_complex() else weights)
-    # Zero tolerances leave rounding.
-    return flat.clamp_min(torch.finfo(flat.dtype).tiny ** 0.5)
-
-
-class _NoGradient(torch.autograd.Function):
-    """Raises where a solution is differentiated that was computed without a graph."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, solution: Tensor, *_: Tensor) -> Tensor:
-        ctx.name = name
-        return solution.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            f'{ctx.name}: the solver\'s iterations have no gradient: use method="symplectic_adjoint:{ctx.name}" for an '
-            "exact one"
-        )
+        name = self.method.name
+        return without_gradient(solution, (slope, self.y0, t), name, f'method="symplectic_adjoint:{name}"')
 
 
 class FixedGridImplicit(_Implicit, FixedGridODESolver):
@@ -346,3 +313,39 @@ def _solver(method: ImplicitMethod) -> type:
 
 SOLVERS: dict[str, type] = {name: _solver(method) for name, method in METHODS.items()}
 """The solver classes by name."""
+
+
+def is_torchdiffeqs(solver: Any) -> bool:
+    """Whether a class is an implicit method of torchdiffeq's own: its main branch has some, up to 0.2.5 it has none."""
+    families = [getattr(rk_common, f"FixedGrid{kind}ODESolver", None) for kind in ("FIRK", "DIRK")]
+    return hasattr(solver, "tableau") and any(
+        family is not None and issubclass(solver, family) and solver._step_func is family._step_func
+        for family in families
+    )
+
+
+@functools.cache
+def counterpart(name: str, theirs: Any) -> type:
+    """The solver with the coefficients of an implicit method of torchdiffeq's own, whose stages are solved for here.
+
+    Args:
+        name: the method's, in torchdiffeq's registry.
+        theirs: its class there.
+
+    Raises:
+        ValueError: if its stages' times are not the row sums of its coefficients, and there is no such method here.
+    """
+    alpha, beta, b, _ = theirs.tableau
+    try:
+        tableau = ButcherTableau(lower_rows(beta), b, alpha)
+    except ValueError as error:
+        if name not in SOLVERS:
+            raise ValueError(f"symplectic_adjoint: the coefficients of {name}: {error}") from None
+        # Both stages of gl4 are at 1/2 - sqrt(3)/6 there, so that it is of order 1 where f depends on t.
+        warnings.warn(
+            f"symplectic_adjoint: the installed torchdiffeq's {name} has wrong coefficients, and is solved with the "
+            f"right ones: {error}",
+            stacklevel=5,
+        )
+        return SOLVERS[name]
+    return _solver(ImplicitMethod(name, theirs.order, tableau))

@@ -15,7 +15,7 @@ from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from ...tableau import ButcherTableau, probe
 from ...trajectory import DenseOutput
-from .implicit import AdaptiveImplicit, FixedGridImplicit
+from .implicit import AdaptiveImplicit, FixedGridImplicit, counterpart, is_torchdiffeqs
 
 IMPLICIT = (AdaptiveImplicit, FixedGridImplicit)
 
@@ -55,7 +55,7 @@ def base_solver(name: str) -> Any:
         usable = ", ".join(f'"{key}"' for key, value in solvers().items() if is_one_step(value))
         what = "is not a one-step Runge-Kutta method" if solver is not None else "is not a method of torchdiffeq's"
         raise ValueError(f"symplectic_adjoint: solver {name!r} {what}. Use one of {usable}.")
-    return solver
+    return counterpart(name, solver) if is_torchdiffeqs(solver) else solver
 
 
 def read_method(solver: Any) -> tuple[ButcherTableau, list[dict[str, Any]]]:
