@@ -175,7 +175,8 @@ class Newton:
         s, n = guess.shape[1:]
         run = _Iteration(self, system, guess, weights)
         dense = self.options.dense(s * n)
-        if dense and self._serves and self._jacobian is not None:
+        kept = self._jacobian
+        if dense and self._serves and kept is not None and kept.shape[:2] == guess.shape[::2]:
             run(self._kept_factors(system).solve, 10)
             self._serves = run.rate <= _KEPT_RATE and not bool(run.open.any())
         if dense and bool(run.open.any()):

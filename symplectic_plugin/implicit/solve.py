@@ -95,6 +95,29 @@ class ImplicitSolve:
         vectors = 2 * self.options.krylov_dimension + 12
         return layout.batch * vectors * unknowns * itemsize + sum(evaluation)
 
+    def require_equations(self, field: VectorField, evaluation: Evaluation) -> int:
+        """The bytes that solving for the stages takes.
+
+        Args:
+            field: the vector field.
+            evaluation: its first one.
+
+        Raises:
+            ValueError: if the stages can't be solved for to rounding.
+        """
+        name, slope, state = self.method.name, evaluation.slope, evaluation.argument
+        if slope.dtype != state.dtype:
+            raise ValueError(
+                f"symplectic_adjoint: func returned {slope.dtype} for a state of {state.dtype}, but {name} solves "
+                "equations with it, in the state's precision: return that, and leave autocast off for the solve"
+            )
+        if field.draws:
+            raise ValueError(
+                f"symplectic_adjoint: func draws random numbers (dropout in training mode), but {name} solves "
+                "equations with it, which have no solution then: put it in eval mode, or use an explicit method"
+            )
+        return self.bytes_for_solving(field.memory_of(evaluation), slope.element_size())
+
     def _stage_field(
         self,
         field: VectorField,
@@ -124,6 +147,20 @@ class ImplicitSolve:
             return linearized
 
         return StageField(value, graph, linearize)
+
+
+def require_exact(options: NewtonOptions) -> NewtonOptions:
+    """The options of a solve that is to have a gradient.
+
+    Raises:
+        ValueError: if stages are not solved for to rounding with them.
+    """
+    if options.newton_tol is not None:
+        raise ValueError(
+            f"symplectic_adjoint: the option newton_tol={options.newton_tol} leaves an error in the stages, and "
+            "the gradient would be off by as much: leave it out, or solve under torch.no_grad()"
+        )
+    return options
 
 
 class Adjoint:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...implicit.newton import NewtonOptions
-from ...implicit.solve import ImplicitSolve
+from ...implicit.solve import ImplicitSolve, require_exact
 from ...implicit.step import ImplicitSteps, StepFields, TakenStep
 from ...implicit.step_back import slopes_to_keep
 from ...implicit.tableaux import ImplicitMethod
@@ -47,13 +46,7 @@ class _ImplicitRecorder:
         Raises:
             ValueError: if not to rounding.
         """
-        options: NewtonOptions = self.steps.options
-        if options.newton_tol is not None:
-            raise ValueError(
-                f"symplectic_adjoint: the option newton_tol={options.newton_tol} leaves an error in the stages, and "
-                "the gradient would be off by as much: leave it out, or solve under torch.no_grad()"
-            )
-        return ImplicitSolve(self.method, options, self.layout, self.weights, self.parts)
+        return ImplicitSolve(self.method, require_exact(self.steps.options), self.layout, self.weights, self.parts)
 
     def discovered(self, evaluation: Evaluation) -> int:
         """The bytes that solving for the stages takes.
@@ -61,20 +54,9 @@ class _ImplicitRecorder:
         Raises:
             ValueError: if the stages can't be solved for to rounding.
         """
-        name, field, slope = self.method.name, self.func.field, evaluation.slope
-        if slope.dtype != self.y0.dtype:
-            raise ValueError(
-                f"symplectic_adjoint: func returned {slope.dtype} for a state of {self.y0.dtype}, but {name} solves "
-                "equations with it, in the state's precision: return that, and leave autocast off for the solve"
-            )
-        if field.draws:
-            raise ValueError(
-                f"symplectic_adjoint: func draws random numbers (dropout in training mode), but {name} solves "
-                "equations with it, which have no solution then: put it in eval mode, or use an explicit method"
-            )
         assert self.trajectory is not None
         assert self.trajectory.implicit is not None
-        return self.trajectory.implicit.bytes_for_solving(field.memory_of(evaluation), slope.element_size())
+        return self.trajectory.implicit.require_equations(self.func.field, evaluation)
 
     def fields(self, times: Sequence[Tensor], keywords: Sequence[dict[str, Any]]) -> StepFields:
         """f at the stages of a step, as the vector field that dependencies and counts belong to."""
