@@ -15,7 +15,7 @@ from symplectic_plugin.implicit.stage_field import GraphOf, Layout, Pushforward,
 def _field(f) -> StageField:
     def value(x):
         with torch.no_grad():
-            return f(x)
+            return f(x).detach()
 
     return StageField(value, f, lambda x: GraphOf(f, x))
 
@@ -178,3 +178,34 @@ def test_batch_elements_that_are_not_independent_are_noticed(f) -> None:
 def test_options_that_make_no_sense_are_refused(options, complaint) -> None:
     with pytest.raises(ValueError, match=complaint):
         NewtonOptions(**options)
+
+
+def test_a_correction_that_overshoots_is_taken_in_part() -> None:
+    """As Newton's method for the arctangent, which from 2 on goes back and forth ever farther."""
+    x = torch.tensor([[0.0], [5.0]], dtype=torch.float64)
+    solution, system = _solve(lambda z: -50 * torch.atan(3 * z) + x, x, 1.0)
+    assert not solution.failed.any()
+    assert system.residual(solution.z).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("linear_solver", ["dense", "gmres"])
+def test_a_field_that_differentiates_is_differentiated_right(linear_solver: str) -> None:
+    def energys(x):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()  # which forward mode would lose
+            return -torch.autograd.grad((torch.sin(x) ** 2).sum(), x, create_graph=True)[0]
+
+    x, v = _random(2, 3), _random(2, 3, seed=1)
+    field = _field(energys)
+    wanted = -2 * torch.cos(2 * x) * v
+    torch.testing.assert_close(Pushforward(field, x)(v), wanted)
+    solution, _ = _solve(energys, x, 0.3, linear_solver=linear_solver)
+    assert solution.iterations <= 20
+
+
+def test_a_batch_of_another_size_gets_a_matrix_of_its_own() -> None:
+    newton = Newton(NewtonOptions())
+    for x in (_random(2, 3), _random(4, 3), _random(4, 2)):
+        system = StageSystem([_field(lambda x: -x)], x[:, None], x.new_full((1, 1), 0.5))
+        solution = newton.solve(system, torch.zeros_like(x)[:, None], torch.ones_like(x))
+        torch.testing.assert_close(solution.z[:, 0], -x / 3)

@@ -26,10 +26,16 @@ _KEPT_RATE = 0.1
 """A Jacobian from a step before serves as long as each iteration with it leaves at most this part of the error."""
 _SLOW_RATE = 0.5
 """An iteration that leaves more than this is given up for one with a new Jacobian."""
+_NEWTONS_ITERATIONS = 8
+"""Corrections by which Newton's method, whose error is squared by each, is done from nearly anywhere."""
+_LEAST_PART = 1e-2
+"""Of a correction that leaves hardly a smaller residual, the least part that is tried in its place."""
 _ROUNDING = 64.0
 """Corrections that no longer shrink are rounding if they are smaller than this many units in the last place."""
+_MOST_ROUNDING = 1e4
 _ACCEPTED = 1e-3
-"""And failing that, if they are smaller than this part of the error that the tolerances allow in a step."""
+"""Where nothing better can be tried, this many units will do, if they are no larger part of the error that the
+tolerances allow in a step: an ill-conditioned matrix magnifies rounding."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +141,15 @@ class Newton:
 
     Args:
         options: how.
+        damping: whether to try parts of corrections where nothing else leads to a solution.
 
     Attributes:
         counts: what it has cost.
     """
 
-    def __init__(self, options: NewtonOptions) -> None:
+    def __init__(self, options: NewtonOptions, damping: bool = True) -> None:
         self.options = options
+        self._damping = damping
         self.counts = NewtonCounts()
         self._jacobian: Tensor | None = None
         self._factors: Factors | None = None
@@ -168,10 +176,11 @@ class Newton:
             RuntimeError: if f's derivative, as autograd has it, is not that of f, or batch elements depend on one
                 another.
         """
+        if guess.numel() == 0:
+            return StageSolution(guess, guess.new_zeros(len(guess), dtype=torch.bool), "", 0)
         if not self._checked:
             self._checked = True
-            if self.options.check_jacobian:
-                check_derivative(system.fields[0], system.base[:, 0] + guess[:, 0])
+            self._check(system, guess)
         s, n = guess.shape[1:]
         run = _Iteration(self, system, guess, weights)
         dense = self.options.dense(s * n)
@@ -180,17 +189,26 @@ class Newton:
             run(self._kept_factors(system).solve, 10)
             self._serves = run.rate <= _KEPT_RATE and not bool(run.open.any())
         if dense and bool(run.open.any()):
-            factors = self._new_factors(system, guess)
-            run(factors.solve, 10)
+            run(self._new_factors(system, guess).solve, 10)
             self._serves = run.rate <= _KEPT_RATE
         reason = ""
         if bool(run.open.any()):
             self._serves = False
+            self._jacobian = self._factors = None
             correct = self._newton(system) if dense else self._krylov(system)
             run(correct, self.options.max_iterations, last=True)
+            if self._damping and bool(run.open.any()):
+                run(correct, 2 * self.options.max_iterations, last=True, damped=True)
         if bool(run.open.any()):
             reason = run.reason()
+        if reason or run.slow:
+            self._check(system, guess)  # not for the first time, but f may depend on time
         return StageSolution(run.z, run.open, reason, run.iterations)
+
+    def _check(self, system: StageSystem, guess: Tensor) -> None:
+        if self.options.check_jacobian:
+            for i in {0, len(system.fields) - 1}:
+                check_derivative(system.fields[i], system.base[:, i] + guess[:, i])
 
     def _kept_factors(self, system: StageSystem) -> Factors:
         key = tuple(system.a.flatten().tolist())
@@ -201,8 +219,8 @@ class Newton:
         return self._factors
 
     def _new_factors(self, system: StageSystem, guess: Tensor) -> Factors:
+        self._jacobian = self._factors = None  # freed before there are others
         self._jacobian = self._jacobian_at(system.fields[0], system.base[:, 0] + guess[:, 0])
-        self._factors = None
         return self._kept_factors(system)
 
     def _jacobian_at(self, field: StageField, x: Tensor) -> Tensor:
@@ -251,20 +269,24 @@ class _Iteration:
         self.z = guess.clone()
         self.open = torch.ones(len(guess), dtype=torch.bool, device=guess.device)
         self.rate = 0.0
+        self.slow = False
+        """Whether Newton's own iteration took more corrections than it should: for another matrix than f's."""
         self.iterations = 0
         self._size = torch.zeros(len(guess), dtype=guess.dtype, device=guess.device)
 
-    def __call__(self, correct: Callable[..., Tensor], limit: int, last: bool = False) -> None:
+    def __call__(self, correct: Callable[..., Tensor], limit: int, last: bool = False, damped: bool = False) -> None:
         """Iterate on the elements that are open.
 
         Args:
             correct: the correction for a residual, shape (B, s n), at an iterate if `last`.
             limit: the number of iterations.
             last: whether nothing better will be tried: then the tolerances decide.
+            damped: whether parts of corrections are tried: what a stiff system's residual would too often ask for.
         """
         system, open_, options = self.system, self.open, self.newton.options
         z = torch.where(open_[:, None, None], self.guess, self.z)
-        previous = torch.full_like(self._size, float("inf"))
+        size = previous = before = torch.full_like(self._size, float("inf"))
+        part, floor, origin, step = torch.ones_like(self._size), torch.zeros_like(self._size), z, z
         given_up = torch.zeros_like(open_)
         self.rate = 0.0
         eps = torch.finfo(z.dtype).eps
@@ -272,6 +294,15 @@ class _Iteration:
             residual = system.residual(z)
             self.newton.counts.evaluations += len(system.fields)
             self.iterations += 1
+            if damped:
+                norm = _norm(residual / self.weights)
+                # Armijo's condition for the residual's norm.
+                worse = self.open & ~(norm <= (1 - 0.25 * part) * before) & (size > _ROUNDING * floor)
+                if bool((worse := worse & (part > _LEAST_PART)).any()):
+                    part = torch.where(worse, 0.5 * part, part)
+                    z = torch.where(worse[:, None, None], origin - part[:, None, None] * step, z)
+                    continue
+                before, part, origin = norm, torch.ones_like(norm), z
             flat = residual.flatten(1)
             step = (correct(flat, z) if last else correct(flat)).view_as(z)
             z = torch.where(self.open[:, None, None], z - step, z)
@@ -290,9 +321,12 @@ class _Iteration:
                 slow = rate > _SLOW_RATE
                 right |= slow & (size <= _ROUNDING * floor)
                 if last:
-                    right |= slow & (size <= _ACCEPTED) & (previous <= _ACCEPTED)
+                    least = (_MOST_ROUNDING * floor).clamp_max(_ACCEPTED)
+                    right |= slow & (size <= least) & (previous <= least)
                 else:
-                    given_up |= self.open & slow & ~right
+                    # As it goes, it would not get there (Hairer, Wanner, IV.8).
+                    hopeless = size * rate ** (limit - 1 - k) > _ROUNDING * floor
+                    given_up |= self.open & (slow | hopeless) & ~right
                 worst = torch.where(self.open & ~(size <= _ROUNDING * floor), rate, 0.0)
                 self.rate = max(self.rate, float(worst.nan_to_num(nan=math.inf).max()))
             given_up |= self.open & ~size.isfinite()
@@ -304,6 +338,7 @@ class _Iteration:
                 break
         if last:
             self.z = torch.where(self.open[:, None, None], z, self.z)
+            self.slow = k > _NEWTONS_ITERATIONS
 
     def reason(self) -> str:
         """Why elements are still open."""
@@ -314,7 +349,7 @@ class _Iteration:
 
 
 def check_derivative(field: StageField, x: Tensor) -> None:
-    """Compare f's derivative, as autograd has it, with a difference quotient along a random direction.
+    """Compare f's derivative, as autograd has it, with a difference quotient: both along and across random directions.
 
     Args:
         field: f.
@@ -324,54 +359,59 @@ def check_derivative(field: StageField, x: Tensor) -> None:
         RuntimeError: if they differ, or the slope of one batch element depends on another one's state.
     """
     generator = torch.Generator().manual_seed(0)
-    sign = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-    size = x.abs().amax(-1, keepdim=True)
-    direction = sign * (x.abs() + 1e-3 * torch.where(size > 0, size, 1))
-    eps = torch.finfo(x.dtype).eps
     there = field.value(x)
     if not bool(there.isfinite().all()):
         return  # the iteration will say so
+    eps = torch.finfo(x.dtype).eps
     if bool((_row_norm(field.value(x) - there) > eps**0.5 * _row_norm(there)).any()):
         raise RuntimeError(
             "the vector field returns another value each time that it is evaluated at one point, so an implicit "
             "method's equations have no solution: it draws random numbers (dropout in training mode) or changes itself."
         )
-    pushed = Pushforward(field, x)(direction)
-    quotients = []
+    linearized = GraphOf(field.graph, x)
+    across = _random_signs(x, generator) * (0.5 + torch.rand(x.shape, generator=generator).to(x))
+    if len(x) > 1:
+        _check_independence(linearized, across)
+    size = x.abs().amax(-1, keepdim=True)
+    along = _random_signs(x, generator) * (x.abs() + 1e-3 * torch.where(size > 0, size, 1))
+    pulled = (linearized.pull(across) * along).sum(-1)
+    offs, quotients = [], []
     for step in (eps ** (1 / 3), eps**0.5):
-        ahead, behind = field.value(x + step * direction), field.value(x - step * direction)
-        noise = 8 * eps * torch.maximum(ahead.abs(), behind.abs()).amax(-1) / step
-        quotients.append(((ahead - behind) / (2 * step), noise))
+        ahead, behind = field.value(x + step * along), field.value(x - step * along)
+        noise = 8 * eps * torch.maximum(ahead.abs(), behind.abs()).amax(-1) * across.abs().sum(-1) / step
+        quotients.append((ahead - behind) / (2 * step))
+        offs.append(((quotients[-1] * across).sum(-1) - pulled).abs() - noise)
     # A kink or many oscillations in between make one of them wrong, rarely both by as much; a part of f that autograd
     # does not see, both.
-    off = torch.stack([_row_norm(quotient - pushed) - noise for quotient, noise in quotients]).amin(0)
-    apart = _row_norm(quotients[0][0] - quotients[1][0])
-    scale = torch.maximum(_row_norm(pushed), _row_norm(quotients[0][0]))
+    off = torch.minimum(*offs)
+    apart = ((quotients[0] - quotients[1]) * across).sum(-1).abs()
+    scale = torch.maximum(pulled.abs(), _row_norm(quotients[0]))
+    moved = (quotients[0] * across).sum(-1)
     wrong = (off > 1e-2 * scale) & (apart < 0.5 * off) & off.isfinite()
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise RuntimeError(
             "an implicit method needs the derivative of the vector field, and the one that autograd has is not the "
-            f"field's: along a random direction the field changes by {float(_row_norm(quotients[0][0])[row]):.3g}, its "
-            f"derivative says {float(_row_norm(pushed)[row]):.3g}. It detaches what it computes from the state, "
-            "or converts it to integers or numpy. If the difference is "
-            'meant: options={"check_jacobian": False}.'
+            f"field's: in random directions the field changes by {float(moved[row]):.3g}, its "
+            f"derivative says {float(pulled[row]):.3g}. It detaches what it computes from the state, or converts it to "
+            'integers or numpy. If the difference is meant: options={"check_jacobian": False}.'
         )
-    if len(x) > 1:
-        _check_independence(field, x, generator)
 
 
-def _check_independence(field: StageField, x: Tensor, generator: torch.Generator) -> None:
-    """Push a direction that is nonzero in every other row: the other rows must not notice."""
-    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-    direction[::2] = 0
-    pushed = Pushforward(field, x)(direction)
-    if bool(pushed[::2].any()):
+def _check_independence(linearized: GraphOf, across: Tensor) -> None:
+    """Pull back a cotangent of every other row's slope: the states of the other rows must not notice."""
+    every_other = across.clone()
+    every_other[::2] = 0
+    if bool(linearized.pull(every_other)[::2].any()):
         raise RuntimeError(
             "the slopes of some batch elements depend on the states of others, as with batch norm in training mode or "
             "attention over the batch, but an implicit method solves for each element of the leading dimension by "
             'itself. If they are meant to: options={"independent_batch": False}.'
         )
+
+
+def _random_signs(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
 
 
 def _norm(z: Tensor) -> Tensor:

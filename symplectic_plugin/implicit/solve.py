@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cotangents import CotangentSums, StandIns
 from ..vector_field import Evaluation, VectorField
 from .newton import NewtonOptions
-from .stage_field import GraphOf, Layout, Linearized, StageField
+from .stage_field import GraphOf, Layout, Linearized, StageField, rows_at_a_time
 from .step import ImplicitSteps, StepFields, TakenStep
 from .tableaux import ImplicitMethod
 
@@ -78,6 +78,10 @@ class ImplicitSolve:
         with torch.no_grad():
             return steps.take(fields, layout.flat(state), h, self.weights(state), slope)
 
+    def steps_again(self) -> ImplicitSteps:
+        """What takes steps again: by itself it keeps no more than the matrix that it made last."""
+        return ImplicitSteps(self.method, replace(self.options, check_jacobian=False))
+
     def bytes_for_solving(self, evaluation: Sequence[int], itemsize: int) -> int:
         """What solving for the stages takes, beside the stages.
 
@@ -88,12 +92,18 @@ class ImplicitSolve:
         layout, s = self.layout, self.method.tableau.stages
         together = 1 if self.method.diagonally_implicit else s
         n, unknowns = layout.size, together * layout.size
+        state = layout.batch * n * itemsize
+        # Stages, their slopes and the cotangents of both; and what they are made from.
+        working = (10 if self.parts is None else 14) * s * state
         if self.options.dense(unknowns):
-            # The matrix, its factors and what they are made from; f's graph goes back for n unit vectors at a time.
-            return layout.batch * (4 * unknowns**2 + together * n**2) * itemsize + n * 2 * max(evaluation, default=0)
-        # Two bases of GMRES, and the graph that products are made with.
-        vectors = 2 * self.options.krylov_dimension + 12
-        return layout.batch * vectors * unknowns * itemsize + sum(evaluation)
+            # A Jacobian and factors that are kept, and others in the making, with the matrix and its norm.
+            matrices = layout.batch * (7 * unknowns**2 + 2 * together * n**2) * itemsize
+            # f's graph goes back for many unit vectors at a time.
+            return working + matrices + rows_at_a_time(layout.batch, n) * 2 * (max(evaluation, default=0) + state)
+        # Two bases of GMRES with their projections, and the graph that products are made with.
+        columns = min(self.options.krylov_dimension, unknowns)
+        vectors = 2 * columns + 12
+        return working + layout.batch * (vectors * unknowns + 4 * columns**2) * itemsize + sum(evaluation)
 
     def require_equations(self, field: VectorField, evaluation: Evaluation) -> int:
         """The bytes that solving for the stages takes.

@@ -47,8 +47,8 @@ class Layout:
     def shaped(self, z: Tensor) -> Tensor:
         """The inverse of `flat`."""
         if self.dtype.is_complex:
-            return torch.view_as_complex(z.reshape(*z.shape[:-2], *self.shape, 2).contiguous())
-        return z.reshape(*z.shape[:-2], *self.shape)
+            return torch.view_as_complex(z.reshape((*z.shape[:-2], *self.shape, 2)).contiguous())
+        return z.reshape((*z.shape[:-2], *self.shape))
 
     @property
     def size(self) -> int:
@@ -125,9 +125,14 @@ def stage_field(function: Callable[[Tensor], Tensor], layout: Layout) -> StageFi
 
     def value(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return graph(x)
+            return graph(x).detach()
 
     return StageField(value, graph, lambda x: GraphOf(graph, x))
+
+
+def rows_at_a_time(batch: int, n: int) -> int:
+    """How many rows of each block are made at a time."""
+    return max(1, min(n, _CHUNK_ELEMENTS // max(1, batch * n)))
 
 
 def jacobian(linearized: Linearized) -> Tensor:
@@ -138,14 +143,13 @@ def jacobian(linearized: Linearized) -> Tensor:
     batch, n = linearized.slope.shape
     unit = torch.eye(n, dtype=linearized.slope.dtype, device=linearized.slope.device)
     rows = []
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * n))
-    for part in unit.split(chunk):
+    for part in unit.split(rows_at_a_time(batch, n)):
         basis = part[:, None, :].expand(-1, batch, -1)
         try:
             rows.append(linearized.pull(basis, batched=True))
         except RuntimeError:  # an autograd.Function without a rule for vmap; anything else is raised again
             rows.append(torch.stack([linearized.pull(row.contiguous()) for row in basis]))
-    return torch.cat(rows).permute(1, 0, 2) if rows else unit.new_zeros(batch, 0, 0)
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).permute(1, 0, 2)
 
 
 class Pushforward:
@@ -160,10 +164,11 @@ class Pushforward:
         """(df/dx) v, shape (B, n)."""
         if self._transposed is None:
             try:
-                with torch.no_grad(), forward_ad.dual_level():
-                    result = self.field.graph(forward_ad.make_dual(self.x, v))
+                # Requiring a gradient: else an f that differentiates may replace the state by a copy that does.
+                with torch.enable_grad(), forward_ad.dual_level():
+                    result = self.field.graph(forward_ad.make_dual(self.x.requires_grad_(), v))
                     tangent = forward_ad.unpack_dual(result).tangent
-                return torch.zeros_like(v) if tangent is None else tangent
+                return torch.zeros_like(v) if tangent is None else tangent.detach()
             except (NotImplementedError, RuntimeError):
                 self._transposed = self._transpose()
         u, product = self._transposed
@@ -174,7 +179,7 @@ class Pushforward:
     def _transpose(self) -> tuple[Tensor, Tensor]:
         """u and (df/dx)^T u, which is linear in u."""
         with torch.enable_grad():
-            leaf = self.x.clone().requires_grad_()
+            leaf = self.x.detach().clone().requires_grad_()
             slope = self.field.graph(leaf)
             u = torch.zeros_like(slope).requires_grad_()
             if not slope.requires_grad:

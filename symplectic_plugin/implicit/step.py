@@ -94,7 +94,7 @@ class ImplicitSteps:
     def __init__(self, method: ImplicitMethod, options: NewtonOptions) -> None:
         self.method = method
         self.options = options
-        self.newton = Newton(options)
+        self.newton = Newton(options, damping=method.embedded is None)  # else a smaller step is the better remedy
         self._a = method.tableau.a.tolist()
         self._b = method.tableau.b.tolist()
         self._nonstiff = None if method.nonstiff is None else method.nonstiff.a.tolist()
@@ -113,7 +113,7 @@ class ImplicitSteps:
             weights: the error that the tolerances allow in each component, shape (B, n).
             first_slope: the slope at its start if it is known, shape (B, n); not for an additive method.
         """
-        if self.method.diagonally_implicit:
+        if self.method.diagonally_implicit or h == 0:
             return self._take_one_by_one(fields, x, h, weights, first_slope)
         s, a = self.method.tableau.stages, self.method.tableau.a
         base = x[:, None].expand(-1, s, -1)
@@ -144,13 +144,14 @@ class ImplicitSteps:
         self, fields: StepFields, x: Tensor, h: float, weights: Tensor, first_slope: Tensor | None
     ) -> TakenStep:
         a, s = self._a, self.method.tableau.stages
-        stages, stiff, nonstiff = (x.new_zeros(s, *x.shape) for _ in range(3))
+        stages, stiff = (x.new_zeros(s, *x.shape) for _ in range(2))
+        nonstiff = stiff if self._nonstiff is None else torch.zeros_like(stiff)
         failed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for i in range(s):
             known = x + h * self._weighted(a[i][:i], stiff) if i else x
             if self._nonstiff is not None and i:
                 known = known + h * self._weighted(self._nonstiff[i][:i], nonstiff)
-            if a[i][i] == 0:
+            if a[i][i] * h == 0:
                 stages[i] = known
                 given = first_slope if i == 0 else None
                 stiff[i] = fields.stages[i].value(known) if given is None else given
@@ -190,7 +191,7 @@ class ImplicitSteps:
         Raises:
             RuntimeError: if the transposed equations can't be solved to rounding.
         """
-        if self.method.diagonally_implicit:
+        if self.method.diagonally_implicit or h == 0:
             return self._back_one_by_one(fields, stages, h, cotangents, first_slope_given)
         return self._back_together(fields, stages, h, cotangents)
 
@@ -210,7 +211,7 @@ class ImplicitSteps:
                 other = cotangents[i] + h * self._weighted(later, xi[i + 1 :])
                 xi[i], times[i] = fields.nonstiff[i].linearize(stages[i]).pull_all(other)
             linearized = fields.stages[i].linearize(stages[i])
-            if a[i][i] == 0:
+            if a[i][i] * h == 0:
                 product, time = linearized.pull_all(kappa[i])
                 xi[i] += product
             else:
@@ -232,10 +233,10 @@ class ImplicitSteps:
 
         if not self.options.dense(right.shape[1]):
             return self._refined(operator, right, None)
-        if size not in factors:
+        if size not in factors and right.numel() > 0:
             # The stages that are still to come have nearly the same matrix.
             factors[size] = Factors(right.new_full((1, 1), size), jacobian(linearized))
-        return self._refined(operator, right, factors[size])
+        return self._refined(operator, right, factors.get(size))
 
     def _refined(self, operator: Operator, right: Tensor, factors: Factors | None) -> Tensor:
         """A system's solution to rounding: iterative refinement of what LU factors of a matrix near by, or GMRES, give.
@@ -243,6 +244,8 @@ class ImplicitSteps:
         Raises:
             RuntimeError: if it does not get there.
         """
+        if right.numel() == 0:
+            return right
         eps = torch.finfo(right.dtype).eps
         norm = partial(torch.linalg.vector_norm, dim=-1)
         if factors is None:
@@ -284,7 +287,7 @@ class ImplicitSteps:
             return v - torch.einsum("ij,jbn->bin", transposed, torch.stack(pulled)).flatten(1)
 
         factors = None
-        if self.options.dense(s * n):
+        if self.options.dense(s * n) and right.numel() > 0:
             blocks = torch.stack(
                 [jacobian(GraphOf(field.graph, x)) for field, x in zip(fields.stages, stages, strict=True)]
             )

@@ -13,7 +13,6 @@ sum_i (<r_i, k_i> + <xi_i, X_i - x_n>) / h + sum_i c_i tau_i, where r_i is taken
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ from ..retake import Retaker
 from ..step_times import StepTimes, zero
 from ..trajectory import Trajectory
 from ..vector_field import VectorField
+from .newton import check_derivative
 from .solve import Adjoint, ImplicitSolve
-from .step import ImplicitSteps, StepAdjoint, total
+from .step import StepAdjoint, total
 
 
 class ImplicitStepBack:
@@ -48,8 +48,8 @@ class ImplicitStepBack:
         self.field = field
         self.sums = sums
         self.shape = shape
-        self.steps = ImplicitSteps(self.solve.method, replace(self.solve.options, check_jacobian=False))
-        self.given = self.solve.layout.flat(given.view(-1, *shape))
+        self.steps = self.solve.steps_again()
+        self.given = self.solve.layout.flat(given.view(len(given), *shape))
         self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
         self.weights = trajectory.dense.weights(self.theta).to(self.given)
         self.derivatives = trajectory.dense.derivatives(self.theta) if want_times else None
@@ -75,6 +75,7 @@ class ImplicitStepBack:
         h, x = step.h, layout.flat(state)
         parts, kept = self._slopes(n, stage_times, keywords, state, slope)
         slopes, moved = total(parts), self.steps.moved(parts)
+        stages = x + h * moved
         ended = x + h * self.steps.rate(slopes)
         given, weights = self.given[begin + 1 : end + 1], self.weights[begin:end]
         times = None
@@ -97,9 +98,12 @@ class ImplicitStepBack:
             if phi is not None:
                 outside[i] += layout.flat(phi.view(self.shape))
 
+        if 0 < n == len(trajectory.steps) - 1 and x.numel() > 0 and solve.options.check_jacobian:
+            # Once more, where f may not be what it was when the solve began; else it would be noticed by nothing.
+            check_derivative(solve.fields(self.field, stage_times, keywords, self._recomputed).stages[-1], stages[-1])
         of_f = Adjoint(self.sums, times is not None)
         fields = solve.fields(self.field, stage_times, keywords, self._recomputed, of_f)
-        back = self.steps.back(fields, x + h * moved, h, outside, step.slope_handed_on)
+        back = self.steps.back(fields, stages, h, outside, step.slope_handed_on)
         if times is not None:
             for i in range(s):
                 times.add_slope(i, slopes[i].reshape(-1), rates[i].reshape(-1))
@@ -107,7 +111,8 @@ class ImplicitStepBack:
             times.size = times.size + (back.stages * moved).sum()
 
         if kept:
-            self._compare_slopes(parts, of_f, back, x + h * moved, cotangent, h)
+            norm = torch.linalg.vector_norm
+            self._compare_slopes(parts, of_f, back, stages, norm(cotangent) + norm(given), h)
         else:
             self._compare_ends(x, ended)
         self.following = state
@@ -175,14 +180,14 @@ class ImplicitStepBack:
         self._note(norm(ended - expected), norm(x) + norm(expected) + norm(ended - x))
 
     def _compare_slopes(
-        self, parts: Tensor, of_f: Adjoint, back: StepAdjoint, stages: Tensor, end: Tensor, h: float
+        self, parts: Tensor, of_f: Adjoint, back: StepAdjoint, stages: Tensor, cotangents: Tensor, h: float
     ) -> None:
         """Note how far slopes that were kept are from what f is now, by what that would make of the loss.
 
         Not by the slopes themselves, whose rounding the stiffness magnifies; kappa has that taken off again.
         """
         norm = torch.linalg.vector_norm
-        off, size = zero(end), norm(end) * norm(stages[0])
+        off, size = zero(parts), cotangents * norm(stages[0])
         for (p, i), now in of_f.slopes.items():
             if p == 0:
                 off = off + (back.slopes[i] * (now - parts[0, i])).sum()

@@ -226,7 +226,7 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
         smaller = _optimal_step_size(dt, error_ratio, self.safety, self.ifactor, self.dfactor, self.order)
         if _HAS_LIMITS:
             smaller = smaller.clamp(self.min_step, self.max_step)
-        if smaller >= dt or t0 + smaller <= t0:
+        if smaller >= dt or t0 + smaller <= t0 or smaller < torch.finfo(dt.dtype).tiny:
             raise RuntimeError(
                 f"{self.method.name}: Newton's method did not solve the step from t = {float(t0):g} of size "
                 f"{float(dt):g}, which can't be made smaller: {reason}"

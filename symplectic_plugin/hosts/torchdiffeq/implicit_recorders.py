@@ -7,7 +7,6 @@ arrived at.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +87,6 @@ class _ImplicitRecorder:
         field, solve, device = self.func.field, self.implicit_solve(), self.y0.device
         c, keywords = self.method.tableau.c.tolist(), self.stage_keywords()
         stage_dtype, hands_on = self.stage_dtype(dtype), hands_on_slope(self)
-        steps = ImplicitSteps(self.method, replace(solve.options, check_jacobian=False))
 
         def recomputed() -> None:
             field.report.recomputed += 1
@@ -98,7 +96,7 @@ class _ImplicitRecorder:
             t0, t1, h = torch.tensor([step.t0, step.t1, step.h], dtype=dtype).to(device, stage_dtype)
             times = [t1 if c_i == 1 else t0 + c_i * h for c_i in c]
             fields = solve.fields(field, times, [step.first_keywords, *keywords[1:]], recomputed)
-            taken = solve.take(steps, fields, step.h, state, slope)
+            taken = solve.take(solve.steps_again(), fields, step.h, state, slope)
             end = state + solve.layout.shaped(taken.increment)
             return end, solve.layout.shaped(taken.slopes[-1]) if hands_on else None
 

@@ -77,7 +77,7 @@ class ImplicitSolver(DiffEqSolver):
         """As in torchdyn, whose loops call it first."""
         if not isinstance(x, Tensor):
             raise ValueError(f"{self.name}: the state must be a tensor, got {type(x).__name__}")
-        if torch.finfo(x.dtype).bits < 32:
+        if not (x.is_floating_point() or x.is_complex()) or torch.finfo(x.dtype).bits < 32:
             raise ValueError(f"{self.name}: give the state in single or double precision, not in {x.dtype}")
         self.steps = ImplicitSteps(self.method, self.options)
         result: tuple[Any, Tensor] = super().sync_device_dtype(x, t_span)
@@ -127,7 +127,7 @@ class ImplicitSolver(DiffEqSolver):
         if bool(taken.failed.any()):
             # torchdyn shrinks a step by that factor if its error is infinite.
             smaller = dt * self.min_factor.to(dt)
-            if embedded is None or not bool(t + smaller > t):
+            if embedded is None or not bool((t + smaller > t) & (smaller > torch.finfo(dt.dtype).tiny)):
                 raise RuntimeError(
                     f"{self.name}: Newton's method did not solve the step from t = {t.item():g} of size {h:g} "
                     f"({int(taken.failed.sum())} of {len(taken.failed)} batch elements): {taken.reason}. Take smaller "

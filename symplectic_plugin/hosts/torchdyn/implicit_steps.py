@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...checkpoints import Kept
 from ...implicit.solve import ImplicitSolve, require_exact
-from ...implicit.step import ImplicitSteps, TakenStep
+from ...implicit.step import TakenStep
 from ...implicit.step_back import slopes_to_keep
 from ...step_gradient import attach_step
 from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
@@ -101,7 +101,6 @@ def _kept(solve: Solve, trajectory: Trajectory, taken: TakenStep, x: Tensor, slo
 
 def _take_alone(implicit: ImplicitSolve, field: VectorField, stage_times: StageTimes, hands_on: bool) -> TakeStep:
     """The step by itself, to be taken again."""
-    steps = ImplicitSteps(implicit.method, replace(implicit.options, check_jacobian=False))
 
     def recomputed() -> None:
         field.report.recomputed += 1
@@ -109,7 +108,7 @@ def _take_alone(implicit: ImplicitSolve, field: VectorField, stage_times: StageT
     def take_step(f: Any, step: Step, state: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # Not with `f`, which gives no graph: Newton's method needs derivatives.
         fields = implicit.fields(field, stage_times([step])[0], [{}] * implicit.method.tableau.stages, recomputed)
-        taken = implicit.take(steps, fields, step.h, state, slope)
+        taken = implicit.take(implicit.steps_again(), fields, step.h, state, slope)
         end = state + implicit.layout.shaped(taken.increment)
         return end, implicit.layout.shaped(taken.slopes[-1]) if hands_on else None
 
