@@ -1,4 +1,7 @@
-"""Stiff systems: explicit methods against implicit ones, and learning one. `python -m benchmarks.stiff`, 3 minutes.
+"""Stiff systems: explicit methods against implicit ones, and learning one.
+
+`python -m benchmarks.stiff` takes 4 minutes; with `--quick` a few seconds, for less of each, whose figures say little.
+Results go to `--out`, by default `benchmarks/results`.
 
 Robertson's kinetics to t = 1e5, the Van der Pol oscillator over one relaxation of mu up to 1e4, and a linear problem
 with rates from 1 to 1e6 (Hairer, Wanner, Solving ODEs II, IV.1 and IV.10). An explicit method that needs more than
@@ -11,10 +14,11 @@ the range that it covers, since they differ by five orders of magnitude.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +124,7 @@ PROBLEMS = {
     "Van der Pol, mu = 1e4": lambda: VanDerPol(1e4),
     "linear, rates to 1e6": Linear,
 }
+QUICK_PROBLEMS = ("linear, rates to 1e6",)
 
 
 def solve(problem: Problem, method: str, tolerance: float, most_steps: float) -> tuple[Tensor | None, float]:
@@ -137,14 +142,14 @@ def solve(problem: Problem, method: str, tolerance: float, most_steps: float) ->
     return y[-1], time.perf_counter() - began
 
 
-def compare(name: str) -> dict[str, dict[str, Any]]:
+def compare(name: str, tolerance: float = TOLERANCE, most_steps: float = MOST_STEPS) -> dict[str, dict[str, Any]]:
     """A row for each method."""
     problem = PROBLEMS[name]()
-    exact, _ = solve(problem, "kencarp5", REFERENCE_TOLERANCE, math.inf)
+    exact, _ = solve(problem, "kencarp5", tolerance * REFERENCE_TOLERANCE / TOLERANCE, math.inf)
     assert exact is not None
     rows = {}
     for method in METHODS:
-        y, seconds = solve(problem, method, TOLERANCE, MOST_STEPS)
+        y, seconds = solve(problem, method, tolerance, most_steps)
         row: dict[str, Any] = {
             "steps": problem.accepted,
             "rejected": problem.rejected,
@@ -196,20 +201,20 @@ class Learned(Robertson):
     def rates(self) -> Tensor:
         return self.log_rates.exp()
 
-    def predict(self, method: str) -> Tensor:
-        """The concentrations at `TIMES`, shape (42, 3)."""
+    def predict(self, method: str, count: int) -> Tensor:
+        """The concentrations at the first of `TIMES`, shape (count, 3)."""
         tolerances = {"rtol": LEARNING_TOLERANCE, "atol": LEARNING_TOLERANCE * self.scale}
-        return torchdiffeq.odeint(self, self.y0, TIMES, method=f"symplectic_adjoint:{method}", **tolerances)
+        return torchdiffeq.odeint(self, self.y0, TIMES[:count], method=f"symplectic_adjoint:{method}", **tolerances)
 
 
-def gradient(method: str, data: Tensor) -> dict[str, Any]:
+def gradient(method: str, data: Tensor, most_steps: float) -> dict[str, Any]:
     """The figures of one gradient of the loss."""
     problem = Learned()
-    problem.reset(MOST_STEPS)
+    problem.reset(most_steps)
     began = time.perf_counter()
     row: dict[str, Any] = {}
     try:
-        scaled_loss(problem.predict(method), data).backward()
+        scaled_loss(problem.predict(method, len(data)), data).backward()
     except TooManyStepsError:
         row["stopped_at"] = problem.reached
     return {"steps": problem.accepted, "seconds": time.perf_counter() - began, **row}
@@ -220,29 +225,29 @@ def scaled_loss(y: Tensor, data: Tensor) -> Tensor:
     return ((y - data) / (data.amax(0) - data.amin(0))).square().mean()
 
 
-def learn(data: Tensor, method: str = "kencarp3") -> tuple[list[float], Tensor, Tensor, Tensor]:
+def learn(data: Tensor, most: float, method: str = "kencarp3") -> tuple[list[float], Tensor, Tensor, Tensor]:
     """Losses, predictions before and after, and the rate constants learned."""
     problem = Learned()
     problem.reset(math.inf)
     optimizer = torch.optim.LBFGS(problem.parameters(), lr=1.0, max_iter=1, line_search_fn="strong_wolfe")
     losses: list[float] = []
     with torch.no_grad():
-        before = problem.predict(method)
+        before = problem.predict(method, len(data))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = scaled_loss(problem.predict(method), data)
+        loss = scaled_loss(problem.predict(method, len(data)), data)
         loss.backward()
         return loss
 
-    while len(losses) < 2 or losses[-1] < losses[-2]:
+    while len(losses) < most and (len(losses) < 2 or losses[-1] < losses[-2]):
         losses.append(float(optimizer.step(closure).detach()))
         print(f"loss {losses[-1]:.2e}", problem.rates.tolist(), flush=True)
     with torch.no_grad():
-        return losses, before, problem.predict(method), problem.rates
+        return losses, before, problem.predict(method, len(data)), problem.rates
 
 
-def draw(losses: list[float], before: Tensor, after: Tensor, data: Tensor) -> None:
+def draw(losses: list[float], before: Tensor, after: Tensor, data: Tensor, out: Path) -> None:
     """The loss curve and the fit."""
     import matplotlib
 
@@ -252,44 +257,58 @@ def draw(losses: list[float], before: Tensor, after: Tensor, data: Tensor) -> No
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.4))
     axes[0].semilogy(losses, "o-", markersize=3)
     axes[0].set(xlabel="iteration of L-BFGS", title="scaled loss")
+    times = TIMES[1 : len(data)]
     for i, axis in enumerate(axes[1:]):
-        axis.semilogx(TIMES[1:], data[1:, i], "o", markersize=4, color="black", label="data")
-        axis.semilogx(TIMES[1:], before[1:, i], "--", color="tab:orange", label="before")
-        axis.semilogx(TIMES[1:], after[1:, i], color="tab:blue", label="learned")
+        axis.semilogx(times, data[1:, i], "o", markersize=4, color="black", label="data")
+        axis.semilogx(times, before[1:, i], "--", color="tab:orange", label="before")
+        axis.semilogx(times, after[1:, i], color="tab:blue", label="learned")
         axis.set(xlabel="t", title=f"$y_{i + 1}$")
     axes[1].legend()
     figure.tight_layout()
-    figure.savefig(RESULTS / "stiff.png", dpi=110)
+    figure.savefig(out / "stiff.png", dpi=110)
+    pyplot.close(figure)
 
 
-def learning() -> dict[str, Any]:
-    """The figures of learning, and its picture."""
+def learning(
+    out: Path, count: int = len(TIMES), most: float = math.inf, most_steps: float = MOST_STEPS
+) -> dict[str, Any]:
+    """The figures of learning, and its picture.
+
+    Args:
+        out: where that is put.
+        count: how many of `TIMES` there is data for.
+        most: iterations.
+        most_steps: of a solve, for the gradients by each method.
+    """
     with torch.no_grad():
         tolerances = {"rtol": REFERENCE_TOLERANCE, "atol": REFERENCE_TOLERANCE * Robertson.scale}
-        data = torchdiffeq.odeint(Robertson(), Robertson.y0, TIMES, method="kencarp5", **tolerances)
-    rows = {method: gradient(method, data) for method in METHODS}
+        data = torchdiffeq.odeint(Robertson(), Robertson.y0, TIMES[:count], method="kencarp5", **tolerances)
+    rows = {method: gradient(method, data, most_steps) for method in METHODS}
     for method, row in rows.items():
         print("gradient", method, row, flush=True)
-    losses, before, after, rates = learn(data)
-    draw(losses, before, after, data)
+    losses, before, after, rates = learn(data, most)
+    draw(losses, before, after, data, out)
     off = float((rates / Robertson.rates - 1).abs().max())
     print(f"rate constants learned: {rates.tolist()}, off by {off:.1e} at most, relative")
     return {"gradient": rows, "losses": losses, "rates": rates.tolist(), "worst_relative_error": off}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few seconds")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are put")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
-    if "--learning" in sys.argv:  # alone, with the other figures as they are
-        record = json.loads((RESULTS / "stiff.json").read_text())
-        (RESULTS / "stiff.json").write_text(json.dumps({**record, "learning": learning()}, indent=2) + "\n")
-        return
-    figures = {name: compare(name) for name in PROBLEMS}
-    print(f"\n{table(figures)}\n")
-    record = {"torch": torch.__version__, "torchdiffeq": torchdiffeq.__version__, "tolerance": TOLERANCE}
-    (RESULTS / "stiff.json").write_text(
-        json.dumps({**record, "problems": figures, "learning": learning()}, indent=2) + "\n"
-    )
+    given.out.mkdir(exist_ok=True)
+    record: dict[str, Any] = {"torch": torch.__version__, "torchdiffeq": torchdiffeq.__version__}
+    if given.quick:
+        record |= {"tolerance": 1e-3, "problems": {name: compare(name, 1e-3, 60) for name in QUICK_PROBLEMS}}
+        record["learning"] = learning(given.out, count=6, most=2, most_steps=20)
+    else:
+        record |= {"tolerance": TOLERANCE, "problems": {name: compare(name) for name in PROBLEMS}}
+        record["learning"] = learning(given.out)
+    print(f"\n{table(record['problems'])}\n")
+    (given.out / "stiff.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def small(seed: int = 0) -> tuple[MLP, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", FIXED)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(problems(), spans(), st.sampled_from(POLICIES), st.sampled_from(["dense", "gmres"]))
 def test_fixed_steps(name, problem, t_span, policy, linear_solver) -> None:
     field, x, _ = problem

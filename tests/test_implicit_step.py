@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from symplectic_plugin import partner_tableau
+from symplectic_plugin.implicit.linear import Factors
 from symplectic_plugin.implicit.newton import NewtonOptions
+from symplectic_plugin.implicit.step import ImplicitSteps
 from symplectic_plugin.implicit.tableaux import METHODS
 
 from .implicit_problems import Linearization, OneStep, RandomField
@@ -22,7 +25,7 @@ NAMES = list(METHODS)
 
 @pytest.mark.parametrize("linear_solver", ["dense", "gmres"])
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 5), st.floats(0.01, 0.5), st.floats(1, 300))
 def test_the_adjoint_is_that_of_the_implicit_function_theorem(
     name: str, linear_solver: str, seed: int, batch: int, n: int, h: float, stiffness: float
@@ -76,21 +79,20 @@ def test_the_product_of_adjoint_and_variation_is_conserved(name: str, seed: int,
     assert abs((before * delta).sum() - (adjoint * after).sum()) <= 1e-13 * scale
 
 
+@functools.cache
+def _solution(name: str, steps: int) -> torch.Tensor:
+    """At t = 1, after that many steps."""
+    field, x = RandomField(2, 3, stiffness=2.0), torch.tensor([[0.5, -0.3], [1.0, 0.7]], dtype=torch.float64)
+    for i in range(steps):
+        x = x + OneStep(METHODS[name], field, i / steps, 1 / steps).take(x).increment
+    return x
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_method_has_its_order(name: str) -> None:
     method = METHODS[name]
-    field = RandomField(2, 3, stiffness=2.0)
-    x0 = torch.tensor([[0.5, -0.3], [1.0, 0.7]], dtype=torch.float64)
-
-    def solve(method, n: int) -> torch.Tensor:
-        x = x0
-        for i in range(n):
-            x = x + OneStep(method, field, i / n, 1 / n).take(x).increment
-        return x
-
-    exact = solve(METHODS["gl6"], 64)
     coarse = 8 if method.order >= 5 else 16
-    errors = [float((solve(method, n) - exact).norm()) for n in (coarse, 2 * coarse)]
+    errors = [float((_solution(name, n) - _solution("gl6", 64)).norm()) for n in (coarse, 2 * coarse)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(method.order, abs=0.3)
 
 
@@ -164,3 +166,58 @@ def test_stiffness_magnifies_rounding_no_more_than_it_must(name: str) -> None:
             exact[p, q] += mpmath.mpf(h) * b[i] * slopes[3 * i + p, q]
         wanted = torch.tensor([float(v) for v in exact.T * mpmath.matrix(cotangent[0].tolist())], dtype=torch.float64)
     assert (ours[0] - wanted).norm() <= 10 * 2.2e-16 * h * rates[-1] * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["implicit_euler", "trbdf2", "kencarp3", "kencarp5_imex"])
+def test_matrices_are_made_for_many_steps_at_once_forward_and_back(name: str, monkeypatch) -> None:
+    made = []
+
+    class Counted(Factors):
+        def __init__(self, *args) -> None:
+            made.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr("symplectic_plugin.implicit.step.Factors", Counted)
+    count, h, method = 20, 0.01, METHODS[name]
+    shared = ImplicitSteps(method, NewtonOptions())
+    field, x = RandomField(4, 0), torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    steps, states = [], [x]
+    for n in range(count):
+        steps.append(OneStep(method, field, n * h, h))
+        steps[-1].steps = shared
+        states.append(states[-1] + steps[-1].take(states[-1]).increment)
+    assert shared.newton.counts.jacobians <= 3
+    assert shared.newton.counts.factorisations <= 3
+    adjoint = torch.ones_like(x)
+    for step, state in zip(steps[::-1], states[-2::-1], strict=True):
+        taken = step.take(state)
+        cotangents = h * method.tableau.b[:, None, None] * adjoint
+        adjoint = adjoint + step.steps.back(step.fields, taken.stages, h, cotangents).stages.sum(0)
+    assert len(made) <= 3
+
+
+def test_a_matrix_of_another_step_that_does_not_serve_is_replaced(monkeypatch) -> None:
+    """From one step to the next the field becomes another one altogether: the gradient is right all the same."""
+    monkeypatch.setattr("symplectic_plugin.implicit.step._FEW_PRODUCTS", 2)
+    shared = ImplicitSteps(METHODS["trbdf2"], NewtonOptions())
+    x, cotangent = torch.randn(2, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    for seed in range(3):
+        step = OneStep(METHODS["trbdf2"], RandomField(5, seed, 10.0 ** (seed + 1)), 0.3, 0.2)
+        step.steps = shared
+        taken, ours, *_ = step.back(x, cotangent)
+        _, theirs = step.by_the_implicit_function_theorem(x, taken.stages, cotangent)
+        assert (ours - theirs[0]).norm() <= 1e-10 * theirs[0].norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_no_size_is_the_identity(name: str) -> None:
+    x, cotangent = torch.randn(2, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    field = RandomField(3, 0)
+    step = OneStep(METHODS[name], field, 0.3, 0.0)
+    taken = step.take(x)
+    assert not taken.increment.any()
+    torch.testing.assert_close(taken.slopes[0], field(torch.tensor(0.3, dtype=torch.float64), x).detach())
+    cotangents = cotangent.expand(METHODS[name].tableau.stages, -1, -1)
+    adjoint = step.steps.back(step.fields, taken.stages, 0.0, cotangents)
+    assert torch.equal(adjoint.slopes, cotangents)
+    assert adjoint.stages.isfinite().all()

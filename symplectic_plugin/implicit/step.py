@@ -83,6 +83,42 @@ class StepAdjoint:
     times: list[Tensor | None]
 
 
+_FEW_PRODUCTS = 8
+"""As long as a solution takes no more products than this with the LU factors of another step, they serve."""
+
+
+@dataclass(frozen=True)
+class _Refined:
+    """What iterative refinement arrived at.
+
+    Args:
+        x: the solution.
+        residual: relative, shape (B,).
+        reached: whether that is as small as rounding allows.
+        products: how many with the matrix it took.
+    """
+
+    x: Tensor
+    residual: Tensor
+    reached: bool
+    products: int
+
+    def required(self) -> Tensor:
+        """The solution.
+
+        Raises:
+            RuntimeError: if it is not there.
+        """
+        if not self.reached:
+            worst = float(self.residual.nan_to_num(nan=float("inf")).max())
+            raise RuntimeError(
+                "symplectic_adjoint: the adjoint of an implicit step could not be solved for (relative residual "
+                f"{worst:.0e}): its matrix is singular, GMRES does not converge, or states of one batch depend on one "
+                'another. Take smaller steps, or set the options linear_solver="dense" or independent_batch=False.'
+            )
+        return self.x
+
+
 class ImplicitSteps:
     """Takes the steps of one solve, forward or back, and keeps what one of them can use of the one before.
 
@@ -97,6 +133,7 @@ class ImplicitSteps:
         self.newton = Newton(options, damping=method.embedded is None)  # else a smaller step is the better remedy
         self._a = method.tableau.a.tolist()
         self._b = method.tableau.b.tolist()
+        self._transposed: tuple[tuple[float, torch.Size], Factors] | None = None
         self._nonstiff = None if method.nonstiff is None else method.nonstiff.a.tolist()
         if not method.diagonally_implicit:
             self._inverse = torch.linalg.inv(method.tableau.a)
@@ -201,7 +238,6 @@ class ImplicitSteps:
         a, s = self._a, len(stages)
         kappa, xi = torch.zeros_like(cotangents), torch.zeros_like(cotangents)
         times: list[Tensor | None] = [None] * s
-        factors: dict[float, Factors] = {}
         for i in reversed(range(s)):
             kappa[i] = cotangents[i] + h * self._weighted([a[j][i] for j in range(i + 1, s)], xi[i + 1 :])
             if i == 0 and first_slope_given:
@@ -216,36 +252,44 @@ class ImplicitSteps:
                 xi[i] += product
             else:
                 known, size = kappa[i].clone(), h * a[i][i]
-                kappa[i] = self._solve_transposed(linearized, size, known + size * xi[i], factors)
+                kappa[i] = self._solve_transposed(linearized, size, known + size * xi[i])
                 _, time = linearized.pull_all(kappa[i])
                 # Not the product, which magnifies the rounding of kappa by f's stiffness.
                 xi[i] = (kappa[i] - known) / size
             times[i] = _sum(times[i], time)
         return StepAdjoint(kappa, xi, times)
 
-    def _solve_transposed(
-        self, linearized: Linearized, size: float, right: Tensor, factors: dict[float, Factors]
-    ) -> Tensor:
-        """The solution of (I - size J^T) kappa = right; the factors are those of a stage near by, or none."""
+    def _solve_transposed(self, linearized: Linearized, size: float, right: Tensor) -> Tensor:
+        """The solution of (I - size J^T) kappa = right, by the factors of a stage or step near by if those serve."""
 
         def operator(v: Tensor) -> Tensor:
             return v - size * linearized.pull(v)
 
-        if not self.options.dense(right.shape[1]):
-            return self._refined(operator, right, None)
-        if size not in factors and right.numel() > 0:
-            # The stages that are still to come have nearly the same matrix.
-            factors[size] = Factors(right.new_full((1, 1), size), jacobian(linearized))
-        return self._refined(operator, right, factors.get(size))
+        if not self.options.dense(right.shape[1]) or right.numel() == 0:
+            return self._refined(operator, right, None).required()
+        key, kept = (size, right.shape), self._transposed
+        if kept is not None and kept[0] == key:
+            found = self._refined(operator, right, kept[1], _FEW_PRODUCTS)
+            if found.reached:
+                return found.x
+        kept = self._transposed = None  # freed before there is another
+        factors = Factors(right.new_full((1, 1), size), jacobian(linearized))
+        self._transposed = key, factors
+        return self._refined(operator, right, factors).required()
 
-    def _refined(self, operator: Operator, right: Tensor, factors: Factors | None) -> Tensor:
+    def _refined(
+        self, operator: Operator, right: Tensor, factors: Factors | None, patience: float = float("inf")
+    ) -> _Refined:
         """A system's solution to rounding: iterative refinement of what LU factors of a matrix near by, or GMRES, give.
 
-        Raises:
-            RuntimeError: if it does not get there.
+        Args:
+            operator: the matrix.
+            right: the right-hand side, shape (B, m).
+            factors: of a matrix near by.
+            patience: after how many products to give up.
         """
         if right.numel() == 0:
-            return right
+            return _Refined(right, right.new_zeros(len(right)), True, 0)
         eps = torch.finfo(right.dtype).eps
         norm = partial(torch.linalg.vector_norm, dim=-1)
         if factors is None:
@@ -254,25 +298,26 @@ class ImplicitSteps:
             preconditioner = partial(factors.solve, transposed=True)
             x, largest = preconditioner(right), factors.norm
         best = torch.full_like(largest, float("inf"))
+        products = 0
+        dimension, restarts, enough = self.options.krylov_dimension, 5, 1e4
+        if patience < dimension:
+            dimension, restarts, enough = int(patience), 1, 64.0  # nothing but what is as good as by other factors
         for _ in range(12):
             image = operator(x)
+            products += 1
             off, size = norm(right - image), norm(x)
             # The operator's norm, as far as it was seen, bounds the rounding of its products.
             largest = torch.maximum(largest, torch.where(size > 0, norm(image) / size, 0)).nan_to_num(nan=1.0)
             rounding = eps * (norm(right) + largest * size)
             if bool((off <= 8 * rounding).all()) or not bool(((off < 0.5 * best) | (off <= 8 * rounding)).all()):
                 break
+            if products > patience:
+                break
             best = torch.minimum(best, off)
-            correction = gmres(operator, right - image, 1e-4, preconditioner, self.options.krylov_dimension)
+            correction = gmres(operator, right - image, 1e-4, preconditioner, dimension, restarts)
             x = x + correction.x
-        if not bool((off <= 1e4 * rounding).all()):
-            worst = float((off / (norm(right) + size)).nan_to_num(nan=float("inf")).max())
-            raise RuntimeError(
-                "symplectic_adjoint: the adjoint of an implicit step could not be solved for (relative residual "
-                f"{worst:.0e}): its matrix is singular, GMRES does not converge, or states of one batch depend on one "
-                'another. Take smaller steps, or set the options linear_solver="dense" or independent_batch=False.'
-            )
-        return x
+            products += correction.products
+        return _Refined(x, off / (norm(right) + size), bool((off <= enough * rounding).all()), products)
 
     def _back_together(self, fields: StepFields, stages: Tensor, h: float, cotangents: Tensor) -> StepAdjoint:
         s, batch, n = stages.shape
@@ -293,7 +338,7 @@ class ImplicitSteps:
             )
             factors = Factors(transposed.T, blocks, columns=False)
 
-        kappa = self._refined(operator, right, factors).view(batch, s, n).transpose(0, 1)
+        kappa = self._refined(operator, right, factors).required().view(batch, s, n).transpose(0, 1)
         times = [f.linearize(x).pull_all(k)[1] for f, x, k in zip(fields.stages, stages, kappa, strict=True)]
         xi = torch.einsum("ji,jbn->ibn", (self._inverse / h).to(kappa), kappa - cotangents)
         return StepAdjoint(kappa, xi, times)
