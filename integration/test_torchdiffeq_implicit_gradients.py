@@ -349,9 +349,11 @@ class TestRefused:
         with pytest.raises(ValueError, match="there are no events"):
             torchdiffeq.odeint_event(Field(2, 0), y0, t0, event_fn=lambda t, y: y[0], method=f"{FLAG}:kencarp3_imex")
 
-    def test_half_precision(self) -> None:
-        with pytest.raises(ValueError, match="single or double precision"):
-            solve(lambda t, x: -x, "gl4", torch.ones(2, dtype=torch.bfloat16, requires_grad=True))
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])
+    def test_half_precision_and_integers(self, dtype) -> None:
+        for method in ("gl4", f"{FLAG}:gl4"):
+            with pytest.raises(ValueError, match="single or double precision"):
+                torchdiffeq.odeint(lambda t, x: -x, torch.ones(2, dtype=dtype), torch.tensor([0.0, 1.0]), method=method)
 
     @pytest.mark.parametrize("method", METHODS_OF_EACH_KIND)
     @pytest.mark.parametrize("policy", ["steps", "stages"])

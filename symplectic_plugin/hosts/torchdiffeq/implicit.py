@@ -53,7 +53,7 @@ class _Implicit:
     def __init__(
         self, func: Any, y0: Tensor, rtol: Any, atol: Any, independent_batch: bool = True, **options: Any
     ) -> None:
-        if torch.finfo(y0.dtype).bits < 32:
+        if not (y0.is_floating_point() or y0.is_complex()) or torch.finfo(y0.dtype).bits < 32:
             raise ValueError(f"{self.method.name}: give the state in single or double precision, not in {y0.dtype}")
         own = {name: options.pop(name) for name in list(options) if name in OPTIONS}
         super().__init__(func=func, y0=y0, rtol=rtol, atol=atol, **options)  # type: ignore[call-arg]
