@@ -210,7 +210,28 @@ def test_models_are_copied_and_pickled() -> None:
     assert torch.equal(again(x, t_span)[1], expected)
 
 
+@pytest.mark.parametrize("name", FIXED)
+def test_states_of_no_elements_and_steps_of_no_size(name) -> None:
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    solver = SOLVER_DICT[f"{FLAG}:{name}"]()
+    for shape in ((0, 3), (3, 0), (0,)):
+        x, t_span = torch.zeros(shape, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, 3).double()
+        solution = odeint(lambda t, x: -w * t * x, x, t_span, solver=solver)[1]
+        assert solution.shape == (3, *shape)
+        assert torch.autograd.grad(solution.sum(), w)[0] == 0
+    x = torch.ones(2, 2, dtype=torch.float64, requires_grad=True)
+    solver.sync_device_dtype(x, t_span)
+    end = solver.step(lambda t, x: -w * x, x, t_span[0], 0 * t_span[0])[1]
+    assert torch.equal(end, x)
+    assert torch.equal(torch.autograd.grad(end.sum(), x)[0], torch.ones_like(x))
+
+
 class TestRefused:
+    def test_step_sizes_that_are_none(self) -> None:
+        x, t_span = torch.zeros(0, 2, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, 3).double()
+        with pytest.raises(ValueError, match="is to have the size nan"):
+            odeint(lambda t, x: -x, x, t_span, solver=f"{FLAG}:kencarp3")
+
     @pytest.mark.parametrize("name", OF_EACH_KIND)
     def test_a_plain_solver_has_no_gradient(self, name) -> None:
         field, x, t_span = small()

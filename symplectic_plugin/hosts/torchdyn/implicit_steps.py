@@ -19,7 +19,7 @@ from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
 from ...vector_field import VectorField, require_slope
 from ...witness import refuse_transforms
 from .implicit import ImplicitSolver
-from .solver import AdjointSteps, Solve, StageTimes
+from .solver import AdjointSteps, Solve, StageTimes, require_size
 
 
 class ImplicitAdjointSteps(AdjointSteps):
@@ -59,6 +59,8 @@ def _step(solver: Any, solve: Solve, x: Tensor, t: Tensor, dt: Tensor, k1: Tenso
         solving = implicit.require_equations(field, evaluation)
         checkpoints.measure(field, evaluation, state, tableau.stages, k1 is not None, 2, solving=solving)
     t0, h = t.item(), dt.item()
+    if k1 is not None:
+        require_size(t0, h, dt.dtype)
     # Where it was evaluated just before it can be again. Not where it is the last slope of the step that led here: that
     # is f there only as far as the stage's equation is solved.
     handed_on = k1 is not None and not solve.is_at_start(k1, x)

@@ -210,11 +210,8 @@ class AdjointSteps:
         assert solve.tableau is not None
         refuse_transforms()
         t0, h = t.item(), dt.item()
-        if k1 is not None and (math.isnan(h) or not dt.is_floating_point()):
-            raise ValueError(
-                f"{_NAME}: a step at t = {t0} is to have the size {h}, of {dt.dtype}, with which torchdyn goes on for "
-                "ever: give floating-point times, and a vector field, initial state and tolerances that are finite"
-            )
+        if k1 is not None:
+            require_size(t0, h, dt.dtype)
         field, with_loss = solve.field, self.loss is not None
         given = None if k1 is None else require_slope(k1, x).detach()
         graph: StepGraph | None = None
@@ -311,6 +308,19 @@ class AdjointSteps:
                 "(sensitivity='autograd' silently gives none either). Use another solver."
             )
         return result
+
+
+def require_size(t: float, h: float, dtype: torch.dtype) -> None:
+    """Refuse a step with which a loop of torchdyn's with step control goes on for ever.
+
+    Raises:
+        ValueError: if its size h, of this dtype, is one.
+    """
+    if math.isnan(h) or not dtype.is_floating_point:
+        raise ValueError(
+            f"{_NAME}: a step at t = {t} is to have the size {h}, of {dtype}, with which torchdyn goes on for "
+            "ever: give floating-point times, and a vector field, initial state and tolerances that are finite"
+        )
 
 
 class Solve:
