@@ -511,11 +511,6 @@ def test_second_derivatives(solver, reverse, interpolator) -> None:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("solver", ["ieuler", "implicit_euler"])
-    def test_implicit_solvers_by_flag_of_the_model(self, solver) -> None:
-        with pytest.raises(ValueError, match=r"ImplicitEuler minimises a residual.*Use an explicit solver"):
-            NeuralODE(net(), solver=solver, sensitivity=FLAG)(X, T)
-
     def test_a_step_that_returns_a_leaf(self) -> None:
         class Leaf(Euler):
             def step(self, f, x, t, dt, k1=None, args=None):

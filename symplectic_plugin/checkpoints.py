@@ -45,7 +45,8 @@ class Kept:
         previous: the step that ends where this one starts, if it can be had by taking that one again.
         state: the state at its start.
         slope: the slope there, if it was handed on and can't be evaluated again.
-        stages: the states of its stages, the first of them left out.
+        stages: the states of its stages, the first of them left out; for an implicit method what they are made of, see
+            `ImplicitSolve`.
         graph: its graph.
         step: whatever `Advance` knows the step by.
         end: the state at its end, as long as no step follows that keeps it.
@@ -145,6 +146,7 @@ class Checkpoints:
         keeps_slope: bool,
         outputs: int,
         steps: int | None = None,
+        solving: int = 0,
     ) -> None:
         """Find out from the first evaluation of f what a solve needs.
 
@@ -156,6 +158,7 @@ class Checkpoints:
             keeps_slope: whether a slope is kept with each state.
             outputs: how many output times there are.
             steps: how many steps there will be, if that is known.
+            solving: the bytes that solving for the stages of a step takes, if they have to be.
 
         Raises:
             ValueError: if the budget is too small.
@@ -166,6 +169,7 @@ class Checkpoints:
         # Beside a graph: what its backward pass makes; the sums of gradients, and those to be added; the slopes of a
         # step, and what the host makes of them; the outputs and their cotangents.
         self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (2 * stages + 12 + 2 * outputs) * size
+        self.working += solving
         self.evaluation = sum(sizes) + size
         self._sizes[evaluation.nodes] = self.evaluation
         self._state = size * (2 if keeps_slope else 1) if self.storage.on_device else 0

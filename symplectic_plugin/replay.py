@@ -46,7 +46,15 @@ def replay(
 
     Returns:
         The outputs, shape (M + 1, *state); the state that it ends in; the slopes of its last step.
+
+    Raises:
+        RuntimeError: if its stages had to be solved for.
     """
+    if trajectory.implicit is not None:
+        raise RuntimeError(
+            "symplectic_adjoint: there are no second derivatives (create_graph=True) with an implicit method: use "
+            "an explicit one for those"
+        )
     x = initial
     outputs = [x]
     handed_on = first_slope

@@ -19,7 +19,8 @@ from .replay import Times, replay
 from .report import timed
 from .retake import advance
 from .saved import graph_is_kept, states_for_hooks
-from .sweep import TimeCotangents, sweep_step
+from .step_times import TimeCotangents
+from .sweep import sweep_step
 from .trajectory import Trajectory
 from .vector_field import VectorField
 from .witness import Witness, gradients, refuse_batches, refuse_third_derivatives

@@ -14,32 +14,18 @@ algorithm 2, with outputs inside steps and slopes handed on.)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .cotangents import CotangentSums
+from .implicit.step_back import ImplicitStepBack
 from .retake import Retaker
 from .runge_kutta import combined
+from .step_times import StepTimes, TimeCotangents, gathered, zero
 from .tableau import ButcherTableau
 from .trajectory import Trajectory
 from .vector_field import VectorField
-
-
-@dataclass(frozen=True)
-class TimeCotangents:
-    """Cotangents of a solve's times.
-
-    Args:
-        starts: of each step's start t_n, its size held, shape (N,).
-        sizes: of each step's size h, its start held, shape (N,).
-        outputs: of the time of each output but the first, shape (M,).
-    """
-
-    starts: Tensor
-    sizes: Tensor
-    outputs: Tensor
 
 
 def sweep(
@@ -64,9 +50,9 @@ def sweep(
         The cotangent of the initial state, and those of the times if wanted.
     """
     given = cotangent.contiguous()
-    back = _StepBack(trajectory, field, sums, given, want_times, keep)
+    back = _step_back(trajectory)(trajectory, field, sums, given, want_times, keep)
     places = trajectory.outputs
-    times: list[_StepTimes] = []
+    times: list[StepTimes] = []
     adjoint = torch.zeros_like(given[0])
     slope_cotangent: Tensor | None = None
     last = trajectory.tableau.stages - 1
@@ -97,7 +83,7 @@ def sweep(
     field.require_same(back.worst_deviation)
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)
-    return adjoint, _gathered(times[::-1], given) if want_times else None
+    return adjoint, gathered(times[::-1], given) if want_times else None
 
 
 def sweep_step(
@@ -127,7 +113,7 @@ def sweep_step(
         The cotangent of the state at its start, that of its first slope if that was handed on, and those of its times.
     """
     nothing = cotangent.new_zeros(1, *cotangent.shape)
-    back = _StepBack(trajectory, field, sums, nothing, want_times, keep)
+    back = _step_back(trajectory)(trajectory, field, sums, nothing, want_times, keep)
     back.following = following
     adjoint, first_slope, times = cotangent, None, None
     pulled = back.pull(0, 0, adjoint, slope_cotangents)
@@ -136,7 +122,11 @@ def sweep_step(
     else:
         adjoint, first_slope, times = back(0, state, slope, 0, 0, adjoint, slope_cotangents)
     field.require_same(back.worst_deviation)
-    return adjoint, first_slope, None if times is None else _gathered([times], nothing)
+    return adjoint, first_slope, None if times is None else gathered([times], nothing)
+
+
+def _step_back(trajectory: Trajectory) -> type[_StepBack] | type[ImplicitStepBack]:
+    return _StepBack if trajectory.implicit is None else ImplicitStepBack
 
 
 class _StepBack:
@@ -169,7 +159,7 @@ class _StepBack:
         self.retaker = Retaker(trajectory, field)
         self.with_end = tableau.with_end_stage() if dense.end_stage else tableau
         self.following = trajectory.end
-        self.worst_deviation = _zero(given)
+        self.worst_deviation = zero(given)
 
     def __call__(
         self,
@@ -180,7 +170,7 @@ class _StepBack:
         end: int,
         adjoint: Tensor,
         slope_cotangents: Mapping[int, Tensor | None],
-    ) -> tuple[Tensor, Tensor | None, _StepTimes | None]:
+    ) -> tuple[Tensor, Tensor | None, StepTimes | None]:
         """Carry the adjoint from the end of step n to its start.
 
         Args:
@@ -203,7 +193,7 @@ class _StepBack:
         s, later, (a, b) = tableau.stages, tableau.later, tableau.numbers
         weighted = [False] * s if end == begin else (self.weights[begin:end] != 0).any(0).tolist()
         stage_times, keywords = self.retaker.stage_times(n), trajectory.stage_keywords(step)
-        times = None if self.derivatives is None else _StepTimes(given, self.theta, self.derivatives, begin, end)
+        times = None if self.derivatives is None else StepTimes(given, self.theta, self.derivatives, begin, end)
         start = state.to(adjoint.dtype)
         # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
         stages = None if step.draws is not None or s > trajectory.tableau.stages else kept.stages
@@ -353,44 +343,6 @@ class _StepBack:
         self.worst_deviation = torch.fmax(self.worst_deviation, off / size)
 
 
-class _StepTimes:
-    """The cotangents of one step's times, in the making.
-
-    With tau_i the cotangent of stage i's time: that of the start is sum_i tau_i and that of the size
-    sum_i <k_i, rate_i> + sum_i c_i tau_i, with rate_i = kappa_i / h less what comes from outside the step. An output at
-    theta in the step has the cotangent <g, dx/dtheta> / h, and takes it, and theta times it, from the two.
-    """
-
-    def __init__(self, given: Tensor, theta: Tensor, derivatives: Tensor, begin: int, end: int) -> None:
-        self.given = given
-        self.theta = theta[begin:end].tolist()
-        self.derivatives = derivatives[begin:end].tolist()
-        zero = _zero(given)
-        self.start = self.size = zero
-        self.outputs = [zero] * len(self.theta)
-
-    def needs_slope(self, i: int) -> bool:
-        """Whether slope i matters to the outputs' times, if to nothing else."""
-        return any(row[i] != 0 for row in self.derivatives)
-
-    def add_slope(self, i: int, slope: Tensor, rate: Tensor | None) -> None:
-        """Add what acts through slope i, whose cotangent, without phi, is rate times the step's size."""
-        if rate is not None:
-            self.size = self.size + _inner(rate, slope)
-        for m, (theta, row) in enumerate(zip(self.theta, self.derivatives, strict=True)):
-            if row[i] != 0:
-                moved = row[i] * _inner(self.given[m], slope)
-                self.outputs[m] = self.outputs[m] + moved
-                self.start = self.start - moved
-                self.size = self.size - theta * moved
-
-    def add_stage_time(self, c: float, tau: Tensor | None) -> None:
-        """Add the cotangent of the time of a stage at c."""
-        if tau is not None:
-            self.start = self.start + tau
-            self.size = self.size + c * tau
-
-
 def _weighted(given: Tensor, weights: Tensor) -> Tensor:
     """sum_m w_m g_m, for g of shape (m, *state)."""
     shape = given.shape[1:]
@@ -403,24 +355,3 @@ def _sum(terms: Sequence[Tensor | None]) -> Tensor:
     for n, other in enumerate(others):
         first = first.add_(other) if n else first + other
     return first
-
-
-def _gathered(times: list[_StepTimes], like: Tensor) -> TimeCotangents:
-    empty = _zero(like).new_zeros(0)
-    outputs = [output for step in times for output in step.outputs]
-    return TimeCotangents(
-        torch.stack([step.start for step in times]) if times else empty,
-        torch.stack([step.size for step in times]) if times else empty,
-        torch.stack(outputs) if outputs else empty,
-    )
-
-
-def _zero(like: Tensor) -> Tensor:
-    """A real zero in a state's precision."""
-    return torch.zeros((), dtype=torch.empty(0, dtype=like.dtype).abs().dtype, device=like.device)
-
-
-def _inner(cotangent: Tensor, vector: Tensor) -> Tensor:
-    """The change of the loss per unit of the vector: autograd's gradient of a complex tensor is the conjugate one."""
-    cotangent, vector = cotangent.flatten(), vector.flatten().to(cotangent.dtype)
-    return torch.vdot(cotangent, vector).real if cotangent.is_complex() else torch.dot(cotangent, vector)

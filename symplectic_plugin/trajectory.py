@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import Checkpoints, Kept
+from .implicit.solve import ImplicitSolve
 from .randomness import GeneratorStates
 from .tableau import ButcherTableau
 
@@ -58,6 +59,12 @@ class DenseOutput(ABC):
 
     end_stage: bool = False
     """Whether it also uses the slope at (t_n + h, x_{n+1}), evaluated for it: one stage more than the method has."""
+    start_stage: bool = False
+    """Whether it also uses the slope at (t_n, x_n), which is no stage of the method: one more, before the end's."""
+
+    def times(self, c: Tensor) -> Tensor:
+        """The times of a method's stages, in units of the step, and of those that it adds."""
+        return torch.cat([c, c.new_zeros(int(self.start_stage)), c.new_ones(int(self.end_stage))])
 
     @abstractmethod
     def weights(self, theta: Tensor) -> Tensor:
@@ -97,13 +104,14 @@ class Trajectory:
     Args:
         tableau: the method's.
         hands_on_slope: whether the method takes each step's first slope from the step before.
-        keywords: what the host passes to f at each stage, beside time and state.
+        keywords: what the host passes to f at each stage, beside time and state; and at the start, if outputs add that.
         dense: the interpolant that made the outputs.
         stage_times: the times of the stages of some steps, on the state's device, in the shapes and dtypes in which the
             host hands them to f. The first is that of the first slope, also where it was handed on.
         take_step: the host's step, `take_step(f, step, state, first slope)`: the state at its end, and the slope there
             if that is handed on.
         checkpoints: what is kept of the steps.
+        implicit: how the stages are solved for, if they have to be.
         steps: the accepted steps, in order.
         kept: what is kept of each.
         outputs: for each output but the initial state, the step that it lies in and its place theta there, in order.
@@ -116,6 +124,7 @@ class Trajectory:
     stage_times: Callable[[Sequence[Step]], Sequence[Sequence[Tensor]]]
     take_step: TakeStep
     checkpoints: Checkpoints
+    implicit: ImplicitSolve | None = None
     steps: list[Step] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     outputs: list[tuple[int, float]] = field(default_factory=list)
@@ -125,6 +134,14 @@ class Trajectory:
         """The state at the end of the last step, if it is known."""
         return self.kept[-1].end if self.kept else None
 
+    @property
+    def keeps_slope(self) -> bool:
+        """Whether a slope that was handed on is kept: it can't be had again by evaluating f at the step's start.
+
+        An implicit method's last slope is f there only as far as the stage's equation is solved.
+        """
+        return self.hands_on_slope and (self.implicit is not None or not self.tableau.first_same_as_last)
+
     def stage_keywords(self, step: Step) -> list[Mapping[str, Any]]:
-        """The keyword arguments for f at each stage of a step, and at its end."""
+        """The keyword arguments for f at each stage of a step, those that outputs add to it included."""
         return [step.first_keywords, *self.keywords[1:], {}]

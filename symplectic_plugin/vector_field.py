@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,12 @@ class VectorField:
         }
         self._refuse_own_state(slope, t, x, keywords)
         return evaluation
+
+    def part(self, function: Callable[..., Tensor]) -> VectorField:
+        """A part of f as another function, which depends on nothing that f does not depend on."""
+        part = copy.copy(self)
+        part.function = function
+        return part
 
     def stand_ins_now(self) -> StandIns:
         """The leaves that have to stand in for dependencies, as these are now."""

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from symplectic_plugin import ButcherTableau, partner_tableau, read_tableau
 from symplectic_plugin.hosts.torchdiffeq.methods import is_one_step, read_method, solvers
-from symplectic_plugin.hosts.torchdiffeq.recorders import recording
+from symplectic_plugin.hosts.torchdiffeq.recording import recording
+from symplectic_plugin.implicit.tableaux import METHODS
 
 from .rooted_trees import density, elementary_weight, trees
 from .strategies import tableaux
 
 
 def _own_solvers() -> list[str]:
-    return [name for name, solver in solvers().items() if is_one_step(solver)]
+    return [name for name, solver in solvers().items() if is_one_step(solver) and name not in METHODS]
 
 
 def _tableau(name: str) -> ButcherTableau:

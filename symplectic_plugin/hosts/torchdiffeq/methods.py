@@ -15,12 +15,17 @@ from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from ...tableau import ButcherTableau, probe
 from ...trajectory import DenseOutput
+from .implicit import AdaptiveImplicit, FixedGridImplicit, counterpart, is_torchdiffeqs
 
-_MUST_BE_TORCHDIFFEQS = {
+IMPLICIT = (AdaptiveImplicit, FixedGridImplicit)
+
+_MUST_BE_THE_FAMILYS = {
     RKAdaptiveStepsizeODESolver: ("integrate", "_before_integrate", "_advance", "_adaptive_step"),
     FixedGridODESolver: ("integrate", "_linear_interp", "_cubic_hermite_interp"),
+    AdaptiveImplicit: ("integrate", "_before_integrate", "_advance", "_adaptive_step", "take"),
+    FixedGridImplicit: ("integrate", "_linear_interp", "_cubic_hermite_interp", "_step_func", "take"),
 }
-"""What a solver of either family may not redefine, since what it does there would not be followed."""
+"""What a solver of a family may not redefine, since what it does there would not be followed."""
 
 
 def solvers() -> dict[str, Any]:
@@ -29,12 +34,13 @@ def solvers() -> dict[str, Any]:
 
 
 def is_one_step(solver: Any) -> bool:
-    """Whether a class is a one-step method of one of torchdiffeq's two families, as far as a class can show."""
+    """Whether a class is a one-step method of one of torchdiffeq's two families or of their implicit counterparts, as
+    far as a class can show."""
     if not isinstance(solver, type) or issubclass(solver, AdamsBashforthMoulton):
         return False
     return any(
         issubclass(solver, family) and all(getattr(solver, name, None) is getattr(family, name, None) for name in names)
-        for family, names in _MUST_BE_TORCHDIFFEQS.items()
+        for family, names in _MUST_BE_THE_FAMILYS.items()
     )
 
 
@@ -49,15 +55,17 @@ def base_solver(name: str) -> Any:
         usable = ", ".join(f'"{key}"' for key, value in solvers().items() if is_one_step(value))
         what = "is not a one-step Runge-Kutta method" if solver is not None else "is not a method of torchdiffeq's"
         raise ValueError(f"symplectic_adjoint: solver {name!r} {what}. Use one of {usable}.")
-    return solver
+    return counterpart(name, solver) if is_torchdiffeqs(solver) else solver
 
 
 def read_method(solver: Any) -> tuple[ButcherTableau, list[dict[str, Any]]]:
     """A solver's tableau, and the keyword arguments with which it evaluates each stage.
 
     Raises:
-        ValueError: if its step is not an explicit Runge-Kutta step.
+        ValueError: if its step is neither an explicit Runge-Kutta step nor one of an implicit method that is known.
     """
+    if isinstance(solver, IMPLICIT):
+        return solver.method.tableau, solver.stage_keywords()
     base = type(solver).base
     if base.__module__.startswith("torchdiffeq."):  # those depend on nothing else
         return _read_own(base, getattr(solver, "perturb", False))
@@ -81,6 +89,8 @@ def _read(solver: Any) -> tuple[ButcherTableau, list[dict[str, Any]]]:
 
 def hands_on_slope(solver: Any) -> bool:
     """Whether a step takes its first slope from the step before."""
+    if isinstance(solver, AdaptiveImplicit) and solver.method.nonstiff is not None:
+        return False  # its two parts are evaluated anew
     return isinstance(solver, RKAdaptiveStepsizeODESolver)
 
 
@@ -138,10 +148,12 @@ class _CubicHermite(DenseOutput):
 
     def __init__(self, solver: Any, tableau: ButcherTableau) -> None:
         self.interpolate = type(solver)._cubic_hermite_interp
-        zero = torch.zeros(1, dtype=torch.float64)
-        self.b = torch.cat([tableau.b, zero])
-        self.unit = torch.eye(tableau.stages + 1, dtype=torch.float64)
+        self.start_stage = bool(tableau.a[0].any())  # so it is in none of the explicit methods
+        added = 1 + self.start_stage
+        self.b = torch.cat([tableau.b, tableau.b.new_zeros(added)])
+        self.unit = torch.eye(tableau.stages + added, dtype=torch.float64)
+        self.first = self.unit[tableau.stages if self.start_stage else 0]
 
     def weights(self, theta: Tensor) -> Tensor:
         nothing = torch.zeros_like(self.b)
-        return self.interpolate(None, 0.0, nothing, self.unit[0], 1.0, self.b, self.unit[-1], theta[:, None])
+        return self.interpolate(None, 0.0, nothing, self.first, 1.0, self.b, self.unit[-1], theta[:, None])

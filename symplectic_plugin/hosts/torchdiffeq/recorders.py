@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb, _PerturbFunc
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 
 from ...checkpoints import Checkpoints, Kept
+from ...implicit.solve import ImplicitSolve
 from ...randomness import GeneratorStates
 from ...replay import Times
 from ...runge_kutta import combined
@@ -30,16 +30,6 @@ from .methods import hands_on_slope, read_dense_output, read_method
 
 _CHUNK = 64
 """For how many steps the stages' times are made at once, and graphs go on from each other."""
-
-
-def recording(base: type) -> Any:
-    """The class of a solver that does what `base` does and notes its steps."""
-    return _recording(base, Adaptive if issubclass(base, RKAdaptiveStepsizeODESolver) else FixedGrid)
-
-
-@functools.cache
-def _recording(base: type, recorder: type) -> type:
-    return type(base.__name__, (recorder, base), {"base": base})
 
 
 class Unperturbed:
@@ -233,29 +223,42 @@ class _Recorder(ABC):
             steps: how many steps there will be, if that is known.
 
         Raises:
-            ValueError: if the method is not an explicit Runge-Kutta method.
+            ValueError: if the method is not a Runge-Kutta method.
         """
         tableau, keywords = read_method(self)
         dense = read_dense_output(self, tableau)
-        c = tableau.with_end_stage().c if dense.end_stage else tableau.c
-        stage_times = StageTimes(c, solver_dtype, stage_dtype, self.y0.device)
+        stage_times = StageTimes(dense.times(tableau.c), solver_dtype, stage_dtype, self.y0.device)
         handed_on, checkpoints, field = hands_on_slope(self), self.checkpoints, self.func.field
         take_step = self.step_alone(_Method(tableau, keywords, stage_times), solver_dtype)
-        self.trajectory = Trajectory(tableau, handed_on, keywords, dense, stage_times, take_step, checkpoints)
+        self.trajectory = Trajectory(
+            tableau, handed_on, keywords, dense, stage_times, take_step, checkpoints, self.implicit_solve()
+        )
         self._evaluations = tableau.stages - (1 if handed_on else 0)
         self._planned = steps
-
-        slope_kept = handed_on and not tableau.first_same_as_last
+        slope_kept = self.trajectory.keeps_slope
 
         def begin(evaluation: Evaluation) -> bool:
-            checkpoints.measure(
-                field, evaluation, self.y0, tableau.stages, slope_kept or (handed_on and field.draws), outputs, steps
-            )
+            solving = self.discovered(evaluation)
+            slopes_kept = slope_kept or (handed_on and field.draws)
+            checkpoints.measure(field, evaluation, self.y0, tableau.stages, slopes_kept, outputs, steps, solving)
             # Within a graph autograd sums in the parameters' precision: of half precision that is to be no long sum.
             self._links_graphs = all(tensor.element_size() >= 4 for tensor in field.dependencies)
             return self._wants_graph()
 
         self.func.on_discovery = begin
+
+    def implicit_solve(self) -> ImplicitSolve | None:
+        """How the stages are solved for, if they have to be."""
+        return None
+
+    def discovered(self, evaluation: Evaluation) -> int:
+        """Called with the first evaluation; returns the bytes that solving for the stages takes."""
+        return 0
+
+    def kept_stages(self, step: Step) -> list[Tensor]:
+        """What is kept of the stages of the step that was taken last."""
+        assert self.trajectory is not None
+        return self.func.stages[0 if self.trajectory.hands_on_slope else 1 :]
 
     def _wants_graph(self) -> bool:
         assert self.trajectory is not None
@@ -290,7 +293,7 @@ class _Recorder(ABC):
             state = state if graph.before is None else graph.origin.detach()  # the same, which the graph has anyway
             size = checkpoints.size_of(graph)
         elif checkpoints.wants_stages() and step.draws is None:  # else they must be evaluated again, in the same order
-            stages = func.stages[0 if trajectory.hands_on_slope else 1 :]
+            stages = self.kept_stages(step)
         func.first, func.stages, func.graph = None, [], None
         previous = trajectory.kept[-1] if trajectory.kept else None
         kept = Kept(previous, state, slope, stages, graph, len(trajectory.kept))
@@ -386,18 +389,16 @@ class Adaptive(_Recorder):
         # Where a step may be cut short, its size is not known yet.
         uncut = self.trajectory is not None and not len(self.step_t) and not len(self.jump_t)
         self.begin_step(rk_state.y1, rk_state.f1, self._proposed_size(rk_state.dt) if uncut else None)
-        new = adaptive_step()(self, rk_state)
+        new = self.host_step(rk_state)
         if self.trajectory is None:
             return new
         if new.t1 is rk_state.t1:
             self.func.field.report.rejected += 1
             return new
         if (len(self.step_t) or len(self.jump_t)) and self._accepted_size != self._proposed_size(rk_state.dt):
-            self._times.cut_steps.append(len(self.trajectory.steps))
+            self._times.cut_steps[len(self.trajectory.steps)] = self.output_at(new.t1)
         # Else it can be evaluated again from the state: but not where f drew numbers for it two steps ago.
-        slope_needed = self._slope_handed_on and (
-            not self.trajectory.tableau.first_same_as_last or self.func.draws is not None
-        )
+        slope_needed = self._slope_handed_on and (self.trajectory.keeps_slope or self.func.draws is not None)
         # On other devices they are read back when the solve is done, all at once.
         number: Callable[[Any], Any] = float if self.y0.device.type == "cpu" else lambda x: x
         self.note(
@@ -414,10 +415,20 @@ class Adaptive(_Recorder):
             rk_state.f1.clone() if slope_needed else None,  # a copy: it is a view of all slopes of its step
         )
         # After a jump the host evaluates the slope anew, on the other side.
-        self._slope_handed_on = not self.func.evaluated_after_jump
+        after_jump, keywords = self.func.evaluated_after_jump, self.trajectory.keywords
+        self._slope_handed_on = self.trajectory.hands_on_slope and not after_jump
         self.func.first_draw = self.func.last_draw
-        self._first_keywords = self.trajectory.keywords[-1] if self._slope_handed_on else {"perturb": Perturb.NEXT}
+        inside = keywords[-1] if self._slope_handed_on else keywords[0]
+        self._first_keywords = {"perturb": Perturb.NEXT} if after_jump else inside
         return new
+
+    def host_step(self, rk_state: Any) -> Any:
+        """torchdiffeq's step and its step control."""
+        return adaptive_step()(self, rk_state)
+
+    def output_at(self, t: Tensor) -> int | None:
+        """The index of the output time that a step was cut to end at, if it was cut for one."""
+        return None
 
     def _interp_fit(self, y0: Tensor, y1: Tensor, k: Tensor, dt: Tensor) -> Any:
         # Called for accepted steps alone, few of which have outputs inside.
@@ -547,28 +558,33 @@ class StartingTime:
 
     def __init__(self, t: Tensor) -> None:
         self.inputs = (t,)
-        self.cut_steps: list[int] = []
-        """Steps cut to end at a step_t or jump_t, which does not move: the step's size takes up the start's move."""
+        self.cut_steps: dict[int, int | None] = {}
+        """Steps cut to end at the output time of an index, or at a step_t or jump_t, which does not move: the step's
+        size takes up the moves of both its ends."""
 
     def __call__(self, trajectory: Trajectory, t: Tensor) -> Times:
         """The solve's times as functions of t: the output times, or the start alone of a solve up to an event."""
-        start = t.reshape(-1)[0].double()
-        moved = start - start.detach()
+        given = t.reshape(-1).double()
+        # What a time may move with: an entry of t, or at the end of these nothing.
+        moved = torch.cat([given - given.detach(), given.new_zeros(1)])
         starts, sizes = (
             torch.tensor([getattr(step, name) for step in trajectory.steps], dtype=torch.float64, device=t.device)
             for name in ("t0", "h")
         )
-        last = self.cut_steps[0] if self.cut_steps else len(starts)
-        step = torch.arange(len(starts), device=t.device)
-        moving = torch.where(step <= last, moved, 0.0)
+        with_which, cuts = [0], list(self.cut_steps)
+        for n in range(len(starts)):
+            end = self.cut_steps.get(n, with_which[-1])
+            with_which.append(len(given) if end is None else end)
+        moves = moved[with_which]
+        if cuts:
+            cut = torch.tensor(cuts, device=t.device)
+            sizes = sizes.index_add(0, cut, moves[cut + 1] - moves[cut])
         outputs = torch.tensor(
             [trajectory.steps[n].t0 + theta * trajectory.steps[n].h for n, theta in trajectory.outputs if n >= 0],
             dtype=torch.float64, device=t.device,
         )  # fmt: skip
         # An event's time is a constant, as in torchdiffeq.
-        return Times(
-            starts + moving, sizes - torch.where(step == last, moved, 0.0), t[1:].double() if t.ndim else outputs
-        )
+        return Times(starts + moves[:-1], sizes, t[1:].double() if t.ndim else outputs)
 
 
 class GridTimes:

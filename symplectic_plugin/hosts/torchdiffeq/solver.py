@@ -20,9 +20,10 @@ from ...saved import hooks_are_active
 from ...storage import storage
 from ...vector_field import VectorField
 from ...witness import refuse_transforms
-from . import adjoint
+from . import adjoint, implicit
 from .methods import base_solver, is_one_step, solvers
-from .recorders import GridTimes, RecordedField, StartingTime, Unperturbed, recording
+from .recorders import GridTimes, RecordedField, StartingTime, Unperturbed
+from .recording import recording
 
 
 def _with_compiled_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> Any:
@@ -115,10 +116,12 @@ class SymplecticAdjoint:
 
     @classmethod
     def variants(cls, name: str, registry: Mapping[str, type]) -> dict[str, type]:
-        """The same with its base solver in its name, for each that there is: "symplectic_adjoint:rk4" and so on."""
-        return {
+        """The implicit methods that torchdiffeq does not have; and this class with its base solver in its name, for
+        each that there is: "symplectic_adjoint:rk4" and so on."""
+        added = {base: solver for base, solver in implicit.SOLVERS.items() if base not in registry}
+        return added | {
             f"{name}:{base}": type(f"{cls.__name__}_{base}", (cls,), {"solver": base, "__doc__": cls.__doc__})
-            for base, solver in registry.items()
+            for base, solver in (*registry.items(), *added.items())
             if is_one_step(solver)
         }
 

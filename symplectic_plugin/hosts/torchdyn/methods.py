@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...dependencies import Held
 from ...tableau import ButcherTableau, read_tableau
+from .implicit import ImplicitSolver
 
 
 def is_torchdyns(solver: Any) -> bool:
@@ -18,7 +19,9 @@ def is_torchdyns(solver: Any) -> bool:
 
 
 def tableau_of(solver: Any) -> ButcherTableau | None:
-    """The tableau of a solver as it is now, None if it is not an explicit Runge-Kutta method."""
+    """The tableau of a solver as it is now, None if it is not an explicit Runge-Kutta method, nor ours and implicit."""
+    if isinstance(solver, ImplicitSolver):
+        return solver.method.tableau
     own = {name: value for name, value in vars(solver).items() if name not in ("solve", "loss", "params")}
     if Held(own).tensors or any(True for _ in solver.children()):
         return None  # a hypersolver, even if its network happens to return zeros

@@ -35,6 +35,7 @@ from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
 from ...vector_field import VectorField, require_slope
 from ...witness import refuse_transforms
 from . import step_sizes
+from .implicit import METHODS, ImplicitSolver
 from .methods import is_torchdyns, step_function, tableau_of
 from .step_sizes import SolverOrder
 
@@ -50,6 +51,7 @@ class SymplecticAdjoint:
     Args:
         dtype: of the state.
         checkpoint, memory_budget, offload, compile, adjoint_params: as for torchdiffeq.
+        **options: the solver's own: for an implicit one, those of `ImplicitSolver`.
     """
 
     solver: ClassVar[str] = "tsit5"
@@ -63,8 +65,11 @@ class SymplecticAdjoint:
         offload: str | os.PathLike[str] | None = None,
         compile: bool | str | Mapping[str, Any] = False,
         adjoint_params: Iterable[Tensor] = (),
+        **options: Any,
     ) -> Any:
-        result = with_adjoint(SOLVER_DICT[cls.solver](dtype), adjoint_params)
+        base: Any = SOLVER_DICT[cls.solver]
+        solver = _implicit_euler(dtype, **options) if base is ImplicitEuler else base(dtype, **options)
+        result = with_adjoint(solver, adjoint_params)
         Checkpoints(checkpoint, memory_budget)  # refuses what is no policy or no budget
         result.checkpoint, result.memory_budget, result.offload = checkpoint, memory_budget, offload
         result.compile = compile
@@ -72,10 +77,12 @@ class SymplecticAdjoint:
 
     @classmethod
     def variants(cls, name: str, registry: Mapping[str, Any]) -> dict[str, Any]:
-        """The same for each solver that there is: "symplectic_adjoint:rk4" and so on."""
-        return {
+        """The implicit methods that torchdyn does not have; and this class with its base solver in its name, for each
+        that there is: "symplectic_adjoint:rk4" and so on."""
+        added = {base: functools.partial(ImplicitSolver, base) for base in METHODS if base not in registry}
+        return added | {
             f"{name}:{base}": type(f"{cls.__name__}_{base}", (cls,), {"solver": base, "__doc__": cls.__doc__})
-            for base in registry
+            for base in (*registry, *added)
         }
 
     @classmethod
@@ -97,6 +104,9 @@ def _shooting_with_adjoint(solver: Callable[[], Any]) -> Any:
     return with_adjoint(solver())
 
 
+_implicit_euler = functools.partial(ImplicitSolver, "implicit_euler")
+
+
 def with_adjoint(solver: Any, params: Iterable[Tensor] = ()) -> Any:
     """A solver of torchdyn's, or one with its interface, that does the same and has an exact gradient.
 
@@ -107,12 +117,15 @@ def with_adjoint(solver: Any, params: Iterable[Tensor] = ()) -> Any:
     Raises:
         ValueError: if its step can't be differentiated.
     """
-    if isinstance(solver, _AdjointSteps):
+    if isinstance(solver, AdjointSteps):
         return solver
-    if isinstance(solver, ImplicitEuler | ParallelImplicitEuler):
+    if isinstance(solver, ImplicitEuler):
+        # torchdyn's minimises a residual and returns the result as a new leaf: its step has no gradient.
+        solver = _implicit_euler(solver.dtype)
+    if isinstance(solver, ParallelImplicitEuler):
         raise ValueError(
             f"{_NAME}: torchdyn's {type(solver).__name__} minimises a residual and returns the result as a new leaf, "
-            "so its step has no gradient (sensitivity='autograd' silently gives none either). Use an explicit solver."
+            "so its step has no gradient (sensitivity='autograd' silently gives none either). Use another solver."
         )
     result = copy.copy(solver)
     if hasattr(solver, "coarse_method"):  # multiple shooting: a solver made of two
@@ -129,16 +142,20 @@ def with_adjoint(solver: Any, params: Iterable[Tensor] = ()) -> Any:
 
 @functools.cache
 def _adjoint_class(base: Any) -> type:
-    return type(base.__name__, (_AdjointSteps, base), {"__module__": base.__module__, "base": base})
+    if issubclass(base, ImplicitSolver):
+        from .implicit_steps import ImplicitAdjointSteps  # which is made of what is here
+
+        return type(base.__name__, (ImplicitAdjointSteps, base), {"__module__": base.__module__, "base": base})
+    return type(base.__name__, (AdjointSteps, base), {"__module__": base.__module__, "base": base})
 
 
 def _restored(base: Any) -> Any:
     result = base.__new__(_adjoint_class(base))
-    result.__dict__["solve"] = _Solve()
+    result.__dict__["solve"] = Solve()
     return result
 
 
-class _AdjointSteps:
+class AdjointSteps:
     """Mixed into a solver class of torchdyn's: steps with an exact gradient."""
 
     base: ClassVar[Any]
@@ -160,7 +177,7 @@ class _AdjointSteps:
 
     def begin(self) -> None:
         """Begin a solve: forget the one before."""
-        self.__dict__["solve"] = _Solve()
+        self.__dict__["solve"] = Solve()
 
     def sync_device_dtype(self, x: Any, t_span: Any) -> Any:
         """As in torchdyn, whose loops call it first."""
@@ -181,7 +198,7 @@ class _AdjointSteps:
         """
         if not torch.is_grad_enabled():
             return super().step(f, x, t, dt, k1=k1, args=args)  # type: ignore[misc]
-        solve: _Solve = self.__dict__["solve"]
+        solve: Solve = self.__dict__["solve"]
         if solve.function is not f:
             solve.enter(self, f, x)
         # What a user's own step does with `args` is not known, so the tableau that was read without them says nothing.
@@ -191,18 +208,15 @@ class _AdjointSteps:
         return self._runge_kutta_step(solve, f, x, t, dt, k1, args)
 
     def _runge_kutta_step(
-        self, solve: _Solve, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any
+        self, solve: Solve, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any
     ) -> Any:
         """A step taken without a graph, with the adjoint sweep as its backward pass."""
         assert solve.field is not None
         assert solve.tableau is not None
         refuse_transforms()
         t0, h = t.item(), dt.item()
-        if k1 is not None and (math.isnan(h) or not dt.is_floating_point()):
-            raise ValueError(
-                f"{_NAME}: a step at t = {t0} is to have the size {h}, of {dt.dtype}, with which torchdyn goes on for "
-                "ever: give floating-point times, and a vector field, initial state and tolerances that are finite"
-            )
+        if k1 is not None:
+            require_size(t0, h, dt.dtype)
         field, with_loss = solve.field, self.loss is not None
         given = None if k1 is None else require_slope(k1, x).detach()
         graph: StepGraph | None = None
@@ -227,7 +241,7 @@ class _AdjointSteps:
         if h != 0 and not t.dtype == dt.dtype == x.abs().dtype:
             tableau = read_rounded_tableau(step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
         dtypes = [*([] if k1 is None else [t.dtype]), *evaluate.time_dtypes]
-        stage_times = _StageTimes(tableau.c.tolist(), t.shape, dtypes, t.device)
+        stage_times = StageTimes(tableau.c.tolist(), t.shape, dtypes, t.device)
         trajectory = Trajectory(
             tableau, not fresh, [{}] * tableau.stages, NoOutputs(tableau.stages), stage_times,
             solve.step_alone(t.detach(), dt.detach(), args), solve.checkpoints, steps=[step],
@@ -248,7 +262,7 @@ class _AdjointSteps:
 
     def _kept(
         self,
-        solve: _Solve,
+        solve: Solve,
         evaluate: _Evaluations,
         trajectory: Trajectory,
         x: Tensor,
@@ -284,7 +298,7 @@ class _AdjointSteps:
                 f"{_NAME}: integral_loss needs a Runge-Kutta method, whose weights are its quadrature's; "
                 f"{type(self).__name__} is none. Use sensitivity='autograd'."
             )
-        solve: _Solve = self.__dict__["solve"]
+        solve: Solve = self.__dict__["solve"]
         state = x if isinstance(x, Tensor) else next(iter(x.values()))
         generators = Generators(state.device)
         before = generators.states()
@@ -301,7 +315,20 @@ class _AdjointSteps:
         return result
 
 
-class _Solve:
+def require_size(t: float, h: float, dtype: torch.dtype) -> None:
+    """Refuse a step with which a loop of torchdyn's with step control goes on for ever.
+
+    Raises:
+        ValueError: if its size h, of this dtype, is one.
+    """
+    if math.isnan(h) or not dtype.is_floating_point:
+        raise ValueError(
+            f"{_NAME}: a step at t = {t} is to have the size {h}, of {dtype}, with which torchdyn goes on for "
+            "ever: give floating-point times, and a vector field, initial state and tolerances that are finite"
+        )
+
+
+class Solve:
     """What is known of the solve that a solver is taking steps of."""
 
     def __init__(self) -> None:
@@ -326,7 +353,8 @@ class _Solve:
             self.checkpoints = Checkpoints(solver.checkpoint, solver.memory_budget, storage(solver.offload, x.device))
             if hooks_are_active():
                 self.checkpoints.only_states()
-            self.reported = new_report("torchdyn", solver.base.__name__, self.checkpoints.policy)
+            name = solver.name if isinstance(solver, ImplicitSolver) else solver.base.__name__
+            self.reported = new_report("torchdyn", name, self.checkpoints.policy)
             self.field = VectorField(function, x.device, self.reported, solver.params)
             self._stepper = copy.copy(solver)
             self._stepper.__class__ = solver.base
@@ -382,7 +410,7 @@ class _WithLoss:
 class _Evaluations:
     """The vector field as a step calls it: without graphs, but for those that are kept or show what it depends on."""
 
-    def __init__(self, solve: _Solve, with_loss: bool, graph: StepGraph | None, want_time: bool) -> None:
+    def __init__(self, solve: Solve, with_loss: bool, graph: StepGraph | None, want_time: bool) -> None:
         self.solve = solve
         self.with_loss = with_loss
         self.want_time = want_time
@@ -426,7 +454,7 @@ class _Evaluations:
         return evaluation.slope.detach()
 
 
-class _StageTimes:
+class StageTimes:
     """The times that torchdyn hands to f in a step."""
 
     def __init__(self, c: list[float], shape: torch.Size, dtypes: list[torch.dtype], device: torch.device) -> None:

@@ -1,0 +1,152 @@
+"""The implicit methods as torchdyn's solvers: for fixed steps, and for its loops with step control."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdyn.numerics.solvers.templates import DiffEqSolver
+
+from ...implicit import tableaux
+from ...implicit.newton import OPTIONS, NewtonOptions, tolerance_weights
+from ...implicit.no_gradient import without_gradient
+from ...implicit.stage_field import Layout, stage_field
+from ...implicit.step import ImplicitSteps, StepFields, TakenStep
+from ...implicit.tableaux import ImplicitMethod
+from ...tableau import ButcherTableau
+
+_ONE = torch.ones(1, dtype=torch.float64)
+
+METHODS: Mapping[str, ImplicitMethod] = {
+    **{name: method for name, method in tableaux.METHODS.items() if method.nonstiff is None},
+    # torchdyn's own, which evaluates f at the step's start.
+    "implicit_euler": ImplicitMethod(
+        "implicit_euler", 1, ButcherTableau(_ONE[None], _ONE, 0 * _ONE, rounding=float("inf"))
+    ),
+}
+"""The methods that there are for torchdyn."""
+
+
+class ImplicitSolver(DiffEqSolver):
+    """An implicit Runge-Kutta method with torchdyn's interface for solvers.
+
+    Args:
+        name: the method's, in `METHODS`; not an additive one, whose two parts torchdyn's wrappers hide.
+        dtype: not used: a step is computed in the state's.
+        independent_batch: whether the leading dimension of a state with several is a batch of independent states.
+        rtol, atol: what the errors of stages are measured by (torchdyn does not tell its solvers its tolerances); see
+            `NewtonOptions`.
+        **options: those of `NewtonOptions`.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        independent_batch: bool = True,
+        rtol: float = 1e-6,
+        atol: float = 1e-8,
+        **options: Any,
+    ) -> None:
+        if name not in METHODS:
+            raise ValueError(f"there is no implicit method {name!r}: use one of {', '.join(METHODS)}")
+        if unknown := options.keys() - OPTIONS:
+            raise TypeError(f"{name}: unknown options {', '.join(sorted(unknown))}: there are {', '.join(OPTIONS)}")
+        method = METHODS[name]
+        super().__init__(order=method.order, stepping_class="fixed" if method.embedded is None else "adaptive")
+        self.name = name
+        self.dtype = dtype
+        self.options = NewtonOptions(**options)
+        self.independent_batch = independent_batch
+        self.rtol, self.atol = rtol, atol
+        self.steps = ImplicitSteps(method, self.options)
+
+    @property
+    def method(self) -> ImplicitMethod:
+        """The method."""
+        return METHODS[self.name]
+
+    def sync_device_dtype(self, x: Any, t_span: Tensor) -> tuple[Any, Tensor]:
+        """As in torchdyn, whose loops call it first."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{self.name}: the state must be a tensor, got {type(x).__name__}")
+        if not (x.is_floating_point() or x.is_complex()) or torch.finfo(x.dtype).bits < 32:
+            raise ValueError(f"{self.name}: give the state in single or double precision, not in {x.dtype}")
+        self.steps = ImplicitSteps(self.method, self.options)
+        result: tuple[Any, Tensor] = super().sync_device_dtype(x, t_span)
+        return result
+
+    def layout(self, x: Tensor) -> Layout:
+        """How states like this one are laid out."""
+        return Layout(x.shape, x.dtype, self.independent_batch)
+
+    def weights(self, layout: Layout) -> Callable[[Tensor], Tensor]:
+        """What `ImplicitSolve` has by that name."""
+        return functools.partial(tolerance_weights, layout, self.rtol, self.atol)
+
+    def stage_times(self, t: Tensor, dt: Tensor) -> list[Tensor]:
+        """The times of the stages of a step."""
+        return [t + c * dt for c in self.method.tableau.c.tolist()]
+
+    def step(self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None) -> Any:
+        """As torchdyn has it: (last slope, state, error, slopes) of an adaptive method, else (None, state, None).
+
+        Raises:
+            RuntimeError: if the stages can't be solved for, where the step is given or can't be smaller.
+        """
+        if t.numel() != 1 or dt.numel() != 1:
+            raise ValueError(f"{self.name}: steps of several sizes at once are not supported")
+        layout = self.layout(x)
+        fields = StepFields(
+            [stage_field(functools.partial(f, time.detach()), layout) for time in self.stage_times(t, dt)]
+        )
+        first = None if k1 is None else layout.flat(k1.detach().to(x.dtype))
+        with torch.no_grad():
+            taken = self.steps.take(fields, layout.flat(x), dt.item(), self.weights(layout)(x), first)
+        end, more = self.result(taken, x.detach(), t, dt)
+        if torch.is_grad_enabled():
+            inputs = (f(t, x), x, t, dt)
+            end = without_gradient(end, inputs, self.name, 'sensitivity="symplectic_adjoint"')
+        return (None, end, None) if more is None else (more[0], end, *more[1:])
+
+    def result(self, taken: TakenStep, x: Tensor, t: Tensor, dt: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
+        """The state at the end of a step from x; and the last slope, the error and slopes if the method is adaptive.
+
+        Raises:
+            RuntimeError: as `step`.
+        """
+        layout, h, embedded = self.layout(x), dt.item(), self.method.embedded
+        end = x + layout.shaped(taken.increment)
+        if bool(taken.failed.any()):
+            # torchdyn shrinks a step by that factor if its error is infinite.
+            smaller = dt * self.min_factor.to(dt)
+            if embedded is None or not bool((t + smaller > t) & (smaller > torch.finfo(dt.dtype).tiny)):
+                raise RuntimeError(
+                    f"{self.name}: Newton's method did not solve the step from t = {t.item():g} of size {h:g} "
+                    f"({int(taken.failed.sum())} of {len(taken.failed)} batch elements): {taken.reason}. Take smaller "
+                    "steps, or an adaptive method (kencarp3, kencarp5)."
+                )
+            self.steps.newton.forget()
+            return x.clone(), (layout.shaped(taken.slopes[0]), torch.full_like(x, float("inf")), Slopes())
+        if embedded is None:
+            return end, None
+        weights = (self.method.tableau.b - embedded).to(taken.slopes)
+        error = layout.shaped(h * torch.einsum("i,i...->...", weights, taken.slopes))
+        return end, (layout.shaped(taken.slopes[-1]), error, Slopes())
+
+
+class Slopes(Sequence[Tensor]):
+    """In the place of a step's slopes, of which torchdyn's interpolator would make dopri5's midpoint."""
+
+    def __len__(self) -> int:
+        raise ValueError("torchdyn's interpolator is dopri5's: leave interpolator away for the implicit methods")
+
+    def __getitem__(self, index: Any) -> Any:
+        return len(self)
