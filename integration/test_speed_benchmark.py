@@ -21,12 +21,18 @@ from benchmarks.speed import cell  # noqa: E402
 from benchmarks.speed.methods import BACKPROPAGATION, ITSELF, METHODS  # noqa: E402
 from benchmarks.speed.per_step import POLICIES, cells, per_step  # noqa: E402
 from benchmarks.speed.problems import SOLVERS  # noqa: E402
-
-OURS = [name for name in METHODS if name.startswith("ours")]
+from benchmarks.speed.report import per_step_figure  # noqa: E402
 
 
 def check(row: dict[str, Any]) -> None:
-    for key in ("seconds", "forward_seconds", "bare_seconds", "ratio_to_bare", "ratio_to_backpropagation"):
+    for key in (
+        "seconds",
+        "forward_seconds",
+        "bare_seconds",
+        "ratio_to_bare",
+        "ratio_to_backpropagation",
+        "cores_used",
+    ):
         assert math.isfinite(row[key]), (row, key)
         assert row[key] > 0, (row, key)
     assert row["seconds"] >= row["forward_seconds"]
@@ -98,9 +104,15 @@ def test_rows(solver: str) -> None:
     assert rows["torchdiffeq, odeint_adjoint"]["gradient_error"] > 1e-12
 
 
-def test_per_step() -> None:
-    assert {policy for policy, _, _ in cells(100)} == set(POLICIES)
+def test_per_step(tmp_path: Path) -> None:
+    assert {policy for policy, _, _ in cells()} == set(POLICIES)
+    assert set(cells(quick=True)) < set(cells())
     for policy in POLICIES:
         row = per_step(policy, 20, 4, repetitions=1)
+        assert row["ratio_to_shortest"] > 0
         assert row["seconds_per_step"] >= row["forward_seconds_per_step"] > 0
         assert row["evaluations_per_step"] == (11 if policy == 'ours, "steps"' else 4)
+
+    for sizes in ([(100, 1), (1000, 1)], [(100, 1), (1000, 10)], []):
+        rows = [{**row, "policy": p, "steps": n, "outputs": outputs} for p in POLICIES for n, outputs in sizes]
+        per_step_figure({"per_step": rows}).savefig(tmp_path / "figure.png")

@@ -1,7 +1,7 @@
 """Every way to get a gradient through a solve, side by side: time, memory, evaluations and gradient error.
 
     python -m benchmarks.speed                                      # all of it: about 25 minutes on one core
-    python -m benchmarks.speed --quick                              # a check of a minute
+    python -m benchmarks.speed --quick                              # a check of a minute or two
     python -m benchmarks.speed --problems small --methods ours      # some cells, put in among those measured before
     python -m benchmarks.speed --resume                             # the cells that are not measured yet
 
@@ -50,7 +50,7 @@ def main() -> None:
     path = given.output / "speed.json"
     record = _record(path, given.device)
     methods = [(p, s, m) for p in given.problems for s in given.solvers for m in given.methods]
-    steps = per_step.cells(given.longest) if "per-step" in given.sections else []
+    steps = per_step.cells(quick=given.quick) if "per-step" in given.sections else []
     if "methods" not in given.sections:
         methods = []
     if given.resume:
@@ -108,7 +108,6 @@ def _arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if given.sections is None:  # where cells are asked for by name, only they are measured
         given.sections = ["methods"] if given.problems or given.methods else ["methods", "per-step"]
-    given.longest = 1000 if given.quick else 10_000
     given.problems = given.problems or (["small"] if given.quick else ["small", "medium", "large"])
     given.methods = given.methods or list(QUICK_METHODS if given.quick else METHODS)
     given.repetitions = given.repetitions or (3 if given.quick else 5)

@@ -19,16 +19,20 @@ import torch
 from benchmarks.experiments.measure import relative_error
 from benchmarks.speed.bare import BareCalls, Calls
 from benchmarks.speed.methods import BACKPROPAGATION, ITSELF, METHODS, reference_pass
-from benchmarks.speed.passes import TorchPass
+from benchmarks.speed.passes import Pass, Timing, TorchPass
 from benchmarks.speed.per_step import per_step
 from benchmarks.speed.problems import PROBLEMS, SOLVERS
 
 LONG = 2.0
 """Seconds of bare calls from which the first round is one of the rounds; a shorter one warms up."""
+LEAST = 2.0
+"""Seconds of rounds of short passes, for five repetitions."""
 EVALUATIONS = 80
 """What a solve takes about."""
 SAMPLE = 8
 """Evaluations of which the bare calls' time is drawn beside long ones."""
+
+Round = dict[str, list[Timing]]
 
 
 def measure(
@@ -37,7 +41,7 @@ def measure(
     """The figures of a cell.
 
     Args:
-        repetitions: rounds after the one that warms up, at least; of short passes there are as many as take a second.
+        repetitions: rounds after the one that warms up, at least; more of short passes.
         seconds: after which no further round begins.
     """
     where, method = torch.device(device), METHODS[name]
@@ -55,45 +59,44 @@ def measure(
         for each in (name, BACKPROPAGATION):
             METHODS[each].build(*PROBLEMS["tiny"].build(where), SOLVERS[solver]).run()
     began = time.perf_counter()
-    first = {"backpropagation": backpropagation.run(count=True), "method": row.run(count=True)}
-    result = {**_evaluations(first["method"].evaluations), **_errors(problem, solver, name, row, backpropagation)}
-    # Beside a long pass a sample of the bare calls is exact enough, and beside a short one all of them are.
-    forward = (first["backpropagation"].evaluations or (0,))[0]
-    sample = min(forward, SAMPLE) if is_long else forward
-    bare.calls = Calls(kept=sample)
     passes = {"bare": bare, "backpropagation": backpropagation, "method": row}
-    rounds = [{**first, "bare": bare.run()}] if is_long else []
-    processor = wall = 0.0
+    # Beside a long pass a sample of the bare calls, before and after it, is enough; beside a short one all are made.
+    order = ("bare", "backpropagation", "bare", "method", "bare") if is_long else tuple(passes)
+    first = _round(passes, order, count=True)
+    forward = (first["backpropagation"][0].evaluations or (0,))[0]
+    result = {**_evaluations(first["method"][0]), **_errors(problem, solver, name, row, backpropagation)}
+    if not is_long:
+        bare.calls = Calls(kept=forward)
+    rounds = [first] if is_long else []
     begin = time.perf_counter()
     while not rounds or (
         time.perf_counter() - began < seconds
-        and (len(rounds) < repetitions or time.perf_counter() - begin < repetitions / 5)
+        and (len(rounds) < repetitions or time.perf_counter() - begin < LEAST * repetitions / 5)
     ):
-        timings = {}
         # There and back, so that what grows slower in the meantime does so for all of them.
-        for key in reversed(passes) if len(rounds) % 2 else passes:
-            before = time.process_time(), time.perf_counter()
-            timings[key] = passes[key].run()
-            if key == "method":
-                processor += time.process_time() - before[0]
-                wall += time.perf_counter() - before[1]
-        rounds.append(timings)
-    if wall:
-        result["cores_used"] = round(processor / wall, 2)
+        rounds.append(_round(passes, order[::-1] if len(rounds) % 2 else order))
 
-    def median(figure: Any) -> float:
-        return statistics.median(figure(timings) for timings in rounds)
+    scale = {"bare": forward / bare.calls.kept}
 
-    scale = forward / sample
+    def median(of: str, beside: str = "", figure: str = "total") -> float:
+        def mean(timings: Round, key: str) -> float:
+            return statistics.mean(getattr(timing, figure) for timing in timings[key]) * scale.get(key, 1)
+
+        return statistics.median(mean(each, of) / (mean(each, beside) if beside else 1) for each in rounds)
+
     result |= {
         "repetitions": len(rounds),
-        "seconds": median(lambda r: r["method"].total),
-        "forward_seconds": median(lambda r: r["method"].forward),
-        "backward_seconds": median(lambda r: r["method"].total - r["method"].forward),
-        "bare_seconds": median(lambda r: r["bare"].total * scale),
-        "backpropagation_seconds": median(lambda r: r["backpropagation"].total),
-        "ratio_to_bare": median(lambda r: r["method"].total / (r["bare"].total * scale)),
-        "ratio_to_backpropagation": median(lambda r: r["method"].total / r["backpropagation"].total),
+        "seconds": median("method"),
+        "forward_seconds": median("method", figure="forward"),
+        "backward_seconds": statistics.median(t.total - t.forward for each in rounds for t in each["method"]),
+        "bare_seconds": median("bare"),
+        "backpropagation_seconds": median("backpropagation"),
+        "ratio_to_bare": median("method", "bare"),
+        "ratio_to_backpropagation": median("method", "backpropagation"),
+        # Of time on the processor, which other work on the machine does not take part in.
+        "processor_ratio_to_bare": median("method", "bare", "processor"),
+        "processor_ratio_to_backpropagation": median("method", "backpropagation", "processor"),
+        "cores_used": median("method", figure="processor") / median("method"),
     }
     backpropagation.gradients = ()
     gc.collect()
@@ -101,8 +104,15 @@ def measure(
     return result | ({"note": row.note} if row.note else {})
 
 
-def _evaluations(counted: Any) -> dict[str, Any]:
-    forward, backward = counted
+def _round(passes: dict[str, Pass], order: tuple[str, ...], *, count: bool = False) -> Round:
+    timings: Round = {key: [] for key in passes}
+    for key in order:
+        timings[key].append(passes[key].run(count=count))
+    return timings
+
+
+def _evaluations(timing: Timing) -> dict[str, Any]:
+    forward, backward = timing.evaluations or (None, None)
     return {"evaluations_forward": forward, "evaluations_backward": backward}
 
 

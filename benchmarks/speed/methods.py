@@ -22,7 +22,7 @@ import symplectic_plugin
 from benchmarks.experiments.checkpointing import odeint_checkpoint_per_step
 from benchmarks.experiments.methods import Solver
 from benchmarks.speed.bare import BareCalls, Calls
-from benchmarks.speed.passes import Pass, TorchPass
+from benchmarks.speed.passes import Pass, TorchPass, counted
 from benchmarks.speed.problems import FIRST_STEP, STEPS, TOLERANCE, Field
 
 UNLIMITED = 10**15  # bytes
@@ -59,17 +59,9 @@ def _times(y0: Tensor, count: int = 2) -> Tensor:
 
 def evaluations(field: Field, y0: Tensor, solver: Solver) -> int:
     """Of torchdiffeq's forward pass."""
-    with torch.no_grad():
-        counted = TorchPass(field, y0, lambda y: _solve(torchdiffeq.odeint, field, y, solver)).forward
-        calls = 0
-
-        def hook(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-
-        with field.register_forward_hook(hook):
-            counted()
-    return calls
+    with torch.no_grad(), counted(True) as calls:
+        _solve(torchdiffeq.odeint, field, y0, solver)
+        return calls()
 
 
 def _kept(field: Field, y0: Tensor, solver: Solver) -> Pass:
@@ -123,11 +115,9 @@ def torchdyn(sensitivity: str, *, first_step_is_constant: bool = False) -> Calla
         from torchdyn.core import NeuralODE
 
         t_span = _times(y0, STEPS + 1 if solver.method == "rk4" else 2)
-        model = NeuralODE(
-            field, solver=solver.method, sensitivity=sensitivity, return_t_eval=False,
-            **({} if solver.method == "rk4" else {"atol": TOLERANCE, "rtol": TOLERANCE}),
-            **({} if solver.method == "rk4" else {"atol_adjoint": TOLERANCE, "rtol_adjoint": TOLERANCE}),
-        )  # fmt: skip
+        names = () if solver.method == "rk4" else ("atol", "rtol", "atol_adjoint", "rtol_adjoint")
+        tolerances = dict.fromkeys(names, TOLERANCE)
+        model = NeuralODE(field, solver=solver.method, sensitivity=sensitivity, return_t_eval=False, **tolerances)
         module: Any = sys.modules["torchdyn.numerics.odeint"]
 
         def solve(y: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class Problem:
         return field, torch.randn(self.batch, self.state, dtype=DTYPE).to(device).requires_grad_()
 
     def __str__(self) -> str:
-        return f"state {self.batch}x{self.state}, {self.layers} hidden layers of {self.hidden}"
+        plural = "s" if self.layers > 1 else ""
+        return f"state {self.batch}x{self.state}, {self.layers} hidden layer{plural} of {self.hidden}"
 
 
 PROBLEMS = {

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.experiments.tables import error, markdown, megabytes, milliseconds
 from benchmarks.speed.methods import METHODS
+from benchmarks.speed.per_step import STEPS
 from benchmarks.speed.problems import PROBLEMS, SOLVERS
 
 COLUMNS = (
@@ -28,6 +30,7 @@ def tables(record: Record) -> str:
         parts.append("\n".join(remarks))
     if record["per_step"]:
         parts += ["## Time per step: rk4, forward and backward, state 4x2, 1 hidden layer of 8", _per_step(record)]
+        parts.append(f"The second figure: of the time per step with {STEPS[0]} steps and one output, in turns with it.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -68,7 +71,8 @@ def _per_step(record: Record) -> str:
     policies = list(dict.fromkeys(policy for policy, _, _ in found))
 
     def cell(key: tuple[str, int, int]) -> str:
-        return f"{found[key]['seconds_per_step'] * 1e6:.0f} µs" if key in found else ""
+        row = found.get(key)
+        return f"{row['seconds_per_step'] * 1e6:.0f} µs, {row['ratio_to_shortest']:.2f}" if row else ""
 
     columns = ["steps", "outputs", *policies]
     return markdown(columns, [[*size, *(cell((policy, *size)) for policy in policies)] for size in sizes])
@@ -77,7 +81,7 @@ def _per_step(record: Record) -> str:
 def times_figure(record: Record) -> Figure:
     """Time as a multiple of backpropagation's, for every method."""
     groups = _groups([cell for cell in record["cells"] if "skipped" not in cell])
-    figure = Figure(figsize=(10, 0.9 + 2.6 * max(1, len(groups))), layout="constrained")
+    figure = Figure(figsize=(10, 3.6 * max(1, (len(groups) + 1) // 2)), layout="constrained")
     for axis, (problem, solver, rows) in zip(_axes(figure, len(groups)), groups, strict=False):
         names = [row["method"] for row in reversed(rows)]
         forward, total = ([row[key] for row in reversed(rows)] for key in ("forward_seconds", "seconds"))
@@ -103,7 +107,10 @@ def memory_figure(record: Record) -> Figure:
             axis.plot(*point, "*" if row["method"].startswith("ours") else "o", color=_colour(row["method"]))
             axis.annotate(row["method"], point, fontsize=4.5, xytext=(3, 2), textcoords="offset points")
         axis.set(xscale="log", yscale="log", xlabel="peak memory, MiB", ylabel="time, of backpropagation's")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.15)
         axis.set_title(f"{problem}, {solver}", fontsize=9)
+        axis.tick_params(labelsize=6, which="both")
         axis.grid(alpha=0.3, which="both")
     return figure
 
@@ -116,10 +123,13 @@ def per_step_figure(record: Record) -> Figure:
     for policy in dict.fromkeys(row["policy"] for row in rows):
         for axis, key, kept in ((axes[0], "steps", lambda r: r["outputs"] == 1), (axes[1], "outputs", _has_outputs)):
             points = sorted(
-                (row[key], row["seconds_per_step"] * 1e6) for row in rows if row["policy"] == policy and kept(row)
+                (row[key], row["ratio_to_shortest"]) for row in rows if row["policy"] == policy and kept(row)
             )
-            axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=policy)
-    axes[0].set(xscale="log", xlabel="steps, one output", ylabel="µs per step, forward and backward", ylim=(0, None))
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", label=policy)
+    axes[0].set(
+        xscale="log", xlabel="steps, one output", ylabel=f"time per step, of that with {STEPS[0]} steps", ylim=(0, None)
+    )
     axes[1].set(xscale="log", xlabel="outputs, the same number of steps")
     if rows:
         axes[0].legend(fontsize=7, frameon=False)
