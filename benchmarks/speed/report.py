@@ -108,7 +108,7 @@ def memory_figure(record: Record) -> Figure:
             axis.annotate(row["method"], point, fontsize=4.5, xytext=(3, 2), textcoords="offset points")
         axis.set(xscale="log", yscale="log", xlabel="peak memory, MiB", ylabel="time, of backpropagation's")
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.margins(x=0.15)
+        axis.margins(x=0.25)
         axis.set_title(f"{problem}, {solver}", fontsize=9)
         axis.tick_params(labelsize=6, which="both")
         axis.grid(alpha=0.3, which="both")
