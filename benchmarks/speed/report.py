@@ -13,8 +13,8 @@ from benchmarks.speed.per_step import STEPS
 from benchmarks.speed.problems import PROBLEMS, SOLVERS
 
 COLUMNS = (
-    "method", "time", "of backpropagation's", "of bare calls'", "forward", "backward", "evaluations", "peak memory",
-    "gradient error",
+    "method", "time", "of backpropagation's", "on the processor", "of bare calls'", "forward", "backward",
+    "evaluations", "peak memory", "gradient error",
 )  # fmt: skip
 Record = dict[str, Any]
 
@@ -22,6 +22,7 @@ Record = dict[str, Any]
 def tables(record: Record) -> str:
     """All of them, with what was skipped and what to know of the rest below each."""
     parts = [f"{record['device']}, float64; {_versions(record)}."]
+    parts.append("Ratios are of times in the same process, in turns; on the processor: of processor time, likewise.")
     for problem, solver, rows in _groups(record["cells"]):
         parts.append(f"## {problem}: {PROBLEMS[problem]}; {solver}")
         parts.append(markdown(COLUMNS, [_row(row) for row in rows if "skipped" not in row]))
@@ -56,6 +57,7 @@ def _row(row: Record) -> list[str]:
         row["method"],
         milliseconds(row["seconds"]),
         f"{row['ratio_to_backpropagation']:.2f}",
+        f"{row['processor_ratio_to_backpropagation']:.2f}",
         f"{row['ratio_to_bare']:.2f}",
         milliseconds(row["forward_seconds"]),
         milliseconds(row["backward_seconds"]),
