@@ -16,13 +16,13 @@ import json
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from benchmarks.subprocesses import measure
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SIZE, HIDDEN = 128, 16, 128
@@ -173,12 +173,7 @@ def long_cell(steps: int) -> dict[str, Any]:
 
 
 def cell(*arguments: Any) -> dict[str, Any]:
-    """A measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory_dial", "--cell", json.dumps(arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        return {"error": (run.stderr.strip().splitlines() or ["no output"])[-1]}
-    return json.loads(run.stdout.splitlines()[-1])
+    return measure("benchmarks.memory_dial", *arguments)
 
 
 def least(steps: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 import torchdiffeq
 from matplotlib.figure import Figure
+
+from benchmarks.devices import device_name
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "experiments"
 QUICK, REDUCED, FULL = SIZES = ("quick", "reduced", "full")
@@ -52,13 +53,6 @@ class Run:
         (self.output / f"{self.name}.json").write_text(json.dumps(record, indent=2) + "\n")
         (self.output / f"{self.name}.md").write_text(table + "\n")
         self.show(f"\n{table}\n\n{record['seconds_in_all']} s on {record['device']}; results in {self.output}")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
 
 
 def begin(name: str, description: str | None, **options: dict[str, Any]) -> Run:

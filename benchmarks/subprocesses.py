@@ -1,0 +1,23 @@
+"""A measurement in a process of its own: nothing that ran before it is in its memory or in its caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def measure(module: str, *arguments: Any, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What `python -m module --cell ARGUMENTS` prints last, or {"error": the last line of what it said instead}.
+
+    The arguments go there, and the result comes back, as JSON.
+    """
+    command = [sys.executable, "-m", module, "--cell", json.dumps(arguments)]
+    given = {**os.environ, **(environment or {})}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=given)
+    if run.returncode:
+        return {"error": (run.stderr.strip().splitlines() or ["no output"])[-1]}
+    return json.loads(run.stdout.splitlines()[-1])
