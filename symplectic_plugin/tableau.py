@@ -88,7 +88,8 @@ class ButcherTableau:
     @functools.cached_property
     def later(self) -> list[list[int]]:
         """By stage, the later ones that are made of its slope."""
-        return [[j for j in range(i + 1, self.stages) if self.a[j, i] != 0] for i in range(self.stages)]
+        a, s = self.numbers[0], self.stages
+        return [[j for j in range(i + 1, s) if a[j][i] != 0] for i in range(s)]
 
     @functools.cached_property
     def first_same_as_last(self) -> bool:
