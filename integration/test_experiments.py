@@ -23,7 +23,8 @@ np = pytest.importorskip("numpy")
 for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
 
-from benchmarks.experiments import image_data, tabular_data  # noqa: E402
+from benchmarks.experiments import image_data, report, tabular_data  # noqa: E402
+from benchmarks.experiments.command import RESULTS  # noqa: E402
 from benchmarks.experiments.measure import Iteration, VectorField, relative_error  # noqa: E402
 from benchmarks.experiments.methods import (  # noqa: E402
     BACKPROPAGATION,
@@ -109,6 +110,10 @@ def check_memory(points: list[dict[str, Any]]) -> None:
     for point in points:
         peaks = point["peak_bytes"]
         assert peaks[SYMPLECTIC] < peaks[PER_STEP] < peaks[PER_COMPONENT] < peaks[BACKPROPAGATION]
+
+
+def test_the_page_is_made_of_the_results() -> None:
+    assert report.README.read_text() == report.page(report.read(RESULTS), RESULTS)
 
 
 def test_methods_train_on_the_same_batches() -> None:

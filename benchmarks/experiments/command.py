@@ -60,9 +60,7 @@ def begin(name: str, description: str | None, **options: dict[str, Any]) -> Run:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const=QUICK, help="a check that it runs: seconds")
-    size.add_argument(
-        "--full", dest="size", action="store_const", const=FULL, help="the paper's size: a GPU, and hours"
-    )
+    size.add_argument("--full", dest="size", action="store_const", const=FULL, help="full size: a GPU, and hours")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a directory (default: %(default)s)")

@@ -48,8 +48,9 @@ METHODS: dict[str, Callable[..., State]] = {
 }
 EXACT = [row for row in METHODS if row != CONTINUOUS]
 
-# What the paper gives for each row (its Table 1): evaluations of one layer, with a backward pass through it counted as
-# one, for N steps (Ñ in the backward direction) of s stages, L layers and M components; and the memory.
+# What the paper gives for each row (Matsubara et al. 2021, Table 1): evaluations of one layer, with a backward pass
+# through it counted as one, for N steps (Ñ in the backward direction) of s stages, L layers and M components; and the
+# memory.
 PAPERS_COST = {
     CONTINUOUS: "(N + 2Ñ) s L M",
     BACKPROPAGATION: "2 N s L M",

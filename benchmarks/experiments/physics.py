@@ -2,7 +2,8 @@
 
 The model is du/dt = G grad H(u) with the equation's G and a convolutional network H, so that evaluating the vector
 field takes a gradient itself. It learns from successive snapshots, to go from each to the next, and is then given the
-first snapshot of a trajectory that it has not seen. Float64, as the data's authors have it.
+first snapshot of a trajectory that it has not seen. Network, initial values, float64 and, with `--full`, the training
+are those of the data's authors (`paper.SOURCES`); that energies and losses are scaled by the data's deviations is not.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from benchmarks.experiments.tables import error, markdown, megabytes, millisecon
 from benchmarks.experiments.training import train
 
 ROLLOUT = Solver("dopri5", 1e-5, 1e-7)
-PAPERS_METHOD, PAPERS_RTOL, PAPERS_ATOL = "dopri8", 1e-6, 1e-8  # what is measured, whatever the training's solver
+# What is measured, whatever the training's solver. The paper's program offers dopri8; that the paper takes it here,
+# and with these tolerances, is not confirmed (`paper.SOURCES`).
+PAPERS_METHOD, PAPERS_RTOL, PAPERS_ATOL = "dopri8", 1e-6, 1e-8
 
 
 @dataclass(frozen=True)
 class Size:
     """Trajectories to learn from and to test on, snapshots of each, the network's channels, pairs in a batch; the
-    training's solver, iterations and learning rate."""
+    training's solver, iterations and learning rate, and whether that rises and falls."""
 
     training: int
     test: int
@@ -42,13 +45,14 @@ class Size:
     atol: float
     iterations: int
     learning_rate: float
+    one_cycle: bool
     rounds: int
 
 
 SIZES = {
-    QUICK: Size(2, 1, 40, 16, 16, "bosh3", 1e-2, 1e-4, 3, 1e-3, 1),
-    REDUCED: Size(10, 2, 501, 32, 32, "bosh3", 1e-2, 1e-4, 200, 1e-2, 5),
-    FULL: Size(90, 10, 501, 200, 200, PAPERS_METHOD, PAPERS_RTOL, PAPERS_ATOL, 10_000, 1e-3, 5),
+    QUICK: Size(2, 1, 40, 16, 16, "bosh3", 1e-2, 1e-4, 3, 1e-3, True, 1),
+    REDUCED: Size(10, 2, 501, 32, 32, "bosh3", 1e-2, 1e-4, 200, 1e-2, True, 5),
+    FULL: Size(90, 10, 501, 200, 200, PAPERS_METHOD, PAPERS_RTOL, PAPERS_ATOL, 10_000, 1e-3, False, 5),
 }
 
 
@@ -82,6 +86,8 @@ class EnergyModel(VectorField):
         for layer in self.network:
             if isinstance(layer, nn.Conv1d):
                 nn.init.orthogonal_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def energy(self, u: Tensor) -> Tensor:
         """H, shape (batch,), up to a constant."""
@@ -138,12 +144,13 @@ def experiment(run: Run, name: str, size: Size) -> tuple[dict[str, Any], dict[st
     for row in METHODS:
         trained[row], losses[row], seconds = train(
             model, on_batch(solver.solve(row)), size.iterations, label=f"{name}, {row}", seed=run.seed,
-            learning_rate=size.learning_rate, one_cycle=True,
+            learning_rate=size.learning_rate, one_cycle=size.one_cycle,
         )  # fmt: skip
         rollouts[row] = trained[row].rollout(start, size.snapshots, ROLLOUT).transpose(0, 1).cpu().numpy()
+        predicted, truth = rollouts[row][:, 1:], unseen[:, 1:]  # the first snapshot is given
         figures[row] = {
-            "rollout_mse": float(np.square(rollouts[row] - unseen).mean()),
-            "energy_mse": float(np.square(equation.energy(rollouts[row]) - equation.energy(unseen)).mean()),
+            "rollout_mse": float(np.square(predicted - truth).mean()),
+            "energy_mse": float(np.square(equation.energy(predicted) - equation.energy(truth)).mean()),
             "seconds_training": seconds,
         }
     u, v = before[: size.batch], after[: size.batch]

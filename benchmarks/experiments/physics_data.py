@@ -1,7 +1,8 @@
 """The Korteweg-De Vries and Cahn-Hilliard equations, integrated by SciPy's Radau method.
 
 Equations, grids and initial states are those of the data that the paper takes (Matsubara, Ishikawa, Yaguchi, Deep
-Energy-Based Modeling of Discrete-Time Physics, NeurIPS 2020): periodic, 50 points, central differences D and D², and
+Energy-Based Modeling of Discrete-Time Physics, NeurIPS 2020), as their program has them; it integrates by a scheme of
+its own with the snapshots' interval as the step. Periodic, 50 points, central differences D and D², and
 
     KdV             du/dt = D (3 u² + D² u),         two solitons on a circle of length 10, snapshots every 0.001
     Cahn-Hilliard   du/dt = D² (u³ - u - γ D² u),    γ = 0.0005, noise on a circle of length 1, snapshots every 0.0001

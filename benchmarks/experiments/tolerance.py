@@ -1,8 +1,8 @@
 """`python -m benchmarks.experiments.tolerance`: loose tolerances and rounding.
 
 First, the same flow on MINIBOONE is trained with every method at tolerances from tight to loose (rtol is 100 atol, as
-in the paper): its test loss, and the error of the gradient of a trained flow. Second, the error of the gradient in
-float32 and in bfloat16 (parameters, states and arithmetic), against the float64 gradient of the same steps and
+in FFJORD's defaults): its test loss, and the error of the gradient of a trained flow. Second, the error of the gradient
+in float32 and in bfloat16 (parameters, states and arithmetic), against the float64 gradient of the same steps and
 parameters, as the number of steps grows.
 """
 
