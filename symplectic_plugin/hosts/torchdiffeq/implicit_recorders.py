@@ -19,7 +19,9 @@ from ...implicit.tableaux import ImplicitMethod
 from ...trajectory import Step, TakeStep, Trajectory
 from ...vector_field import Evaluation
 from .methods import hands_on_slope
-from .recorders import Adaptive, FixedGrid, RecordedField, StartingTime
+from .recorded_field import RecordedField
+from .recorders import Adaptive, FixedGrid
+from .times import StartingTime
 
 
 class _ImplicitRecorder:

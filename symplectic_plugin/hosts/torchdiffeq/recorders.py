@@ -9,157 +9,27 @@ import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.misc import Perturb, _PerturbFunc
+from torchdiffeq._impl.misc import Perturb
 
 from ...checkpoints import Checkpoints, Kept
 from ...implicit.solve import ImplicitSolve
-from ...randomness import GeneratorStates
-from ...replay import Times
 from ...runge_kutta import combined
 from ...step_graph import StepGraph
 from ...tableau import ButcherTableau
 from ...trajectory import Step, TakeStep, Trajectory
-from ...vector_field import Evaluation, Keywords, VectorField
+from ...vector_field import Evaluation
 from .adaptive_step import PreparedTableau, adaptive_step, runge_kutta_step
 from .methods import hands_on_slope, read_dense_output, read_method
+from .recorded_field import RecordedField
+from .times import GridTimes, StageTimes, StartingTime
 
 _CHUNK = 64
 """For how many steps the stages' times are made at once, and graphs go on from each other."""
-
-
-class Unperturbed:
-    """The vector field without the outermost of torchdiffeq's wrappers, where that does nothing.
-
-    It moves a time to its neighbour on request, and puts it into the state's precision, at a cost that a small network
-    feels.
-    """
-
-    def __init__(self, func: Any) -> None:
-        self.func = func
-        self.inner = func.base_func if type(func) is _PerturbFunc else func
-
-    def __call__(self, t: Tensor, y: Tensor, **keywords: Any) -> Any:
-        return self.func(t, y, **keywords) if keywords or t.dtype != y.dtype else self.inner(t, y)
-
-
-class RecordedField:
-    """The vector field as the base solver calls it: without graphs, but for the one that shows what it depends on."""
-
-    def __init__(self, field: VectorField, func: Any, initial: Tensor) -> None:
-        self.field = field
-        self.func = func
-        self.initial = initial
-        self.on_discovery: Callable[[Evaluation], bool] | None = None
-        self.want_time = False
-        self.evaluated_after_jump = False
-        # Where the generators were, if f draws: before the first evaluation of this step, before the latest one, and
-        # before the one outside of a step that gave its first slope.
-        self.draws: GeneratorStates | None = None
-        self.last_draw: GeneratorStates | None = None
-        self.first_draw: GeneratorStates | None = None
-        # The evaluation that gave the solve's first slope; the states of this step's stages, how many it will evaluate,
-        # and its graph, if that is to be kept.
-        self.first: Evaluation | None = None
-        self.stages: list[Any] = []
-        self.expected = 0
-        self.graph: StepGraph | None = None
-
-    def begin_step(self, evaluations: int, graph: StepGraph | None) -> None:
-        """Forget what was noted of the evaluations before."""
-        self.evaluated_after_jump = False
-        self.draws = None
-        self.stages = []
-        self.expected, self.graph = evaluations, graph
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.func, name)  # the callbacks
-
-    def __call__(self, t: Tensor, y: Tensor, *, perturb: Perturb = Perturb.NONE) -> Tensor:
-        if perturb is Perturb.NEXT:
-            self.evaluated_after_jump = True
-        in_step = len(self.stages) < self.expected
-        # A copy of the time, for the graph: the caller's may be changed in place.
-        t = t.detach().clone() if in_step and self.graph is not None else t
-        slope = self._evaluate(t, y, {} if perturb is Perturb.NONE else {"perturb": perturb}, in_step)
-        if in_step:
-            self.stages.append(y)
-        return slope
-
-    def take_step(self, tableau: ButcherTableau, step: Step, times: Sequence[Tensor], keywords: Any, y: Tensor) -> Any:
-        """What a step that has begun adds to the state y, and its first slope; its stages are computed here."""
-        a, b = tableau.numbers
-        slopes: list[Tensor] = []
-        for t, row, of_stage in zip(times, a, keywords, strict=False):  # there may be one more time
-            stage = combined(y, row, slopes, step.h) if self.graph is None or not slopes else None
-            slopes.append(self._evaluate(t, stage, of_stage, True))
-            self.stages.append(stage)
-        moved = combined(None, b, slopes, step.h) if self.graph is None else self.graph.moved.detach()
-        return moved, slopes[0]
-
-    def _evaluate(self, t: Tensor, y: Tensor | None, keywords: Keywords, in_step: bool) -> Tensor:
-        field = self.field
-        field.report.evaluations += 1
-        if self.on_discovery is not None:
-            assert y is not None
-            return self._discover(t, y, keywords, in_step)
-        if field.draws:
-            self.last_draw = field.generators.states()
-            self.draws = self.draws or self.last_draw
-        if in_step and self.graph is not None:
-            return self.graph.evaluate(t, y, keywords)
-        assert y is not None
-        return field(t, y, keywords)
-
-    def _discover(self, t: Tensor, y: Tensor, keywords: Keywords, in_step: bool) -> Tensor:
-        assert self.on_discovery is not None
-        begin, self.on_discovery = self.on_discovery, None
-        before = self.field.generators.states()
-        evaluation = self.field.discover(t, y, keywords, self.want_time)
-        if self.field.draws:
-            self.first_draw = self.last_draw = self.draws = before
-        slope = evaluation.slope
-        if torch.promote_types(slope.dtype, y.dtype) != y.dtype:
-            raise ValueError(
-                f"symplectic_adjoint: func returned {slope.dtype} for a state of {y.dtype}: return the state's dtype, "
-                "or give y0 in the wider one"
-            )
-        wanted = begin(evaluation) and not self.field.stand_ins
-        if in_step:
-            self.graph = self.graph if wanted else None
-            if self.graph is not None:
-                self.graph.take(evaluation)
-        elif wanted:
-            self.first = evaluation
-        return slope.detach()
-
-
-@dataclass(frozen=True)
-class StageTimes:
-    """The times that torchdiffeq hands to f in a step.
-
-    Args:
-        c: the stages' times in units of the step, float64.
-        solver_dtype: in which the solver keeps time.
-        dtype: in which it computes the stages' times.
-        device: the state's.
-    """
-
-    c: Tensor
-    solver_dtype: torch.dtype
-    dtype: torch.dtype
-    device: torch.device
-
-    def __call__(self, steps: Sequence[Step]) -> list[Sequence[Tensor]]:
-        numbers = [(step.t0, step.t1, step.h) for step in steps]
-        t0, t1, h = torch.tensor(numbers, dtype=self.solver_dtype).to(self.dtype).T[:, :, None]
-        # As torchdiffeq does, so that a stage at the step's end is at t1 to the last bit.
-        times = torch.where(self.c == 1, t1, t0 + self.c.to(self.dtype) * h).to(self.device)
-        return [of_step.unbind() for of_step in times.unbind()]
 
 
 class _Method(NamedTuple):
@@ -551,48 +421,3 @@ class FixedGrid(_Recorder):
 
     def read_times(self) -> None:
         """Have the steps' times as numbers, as they are."""
-
-
-class StartingTime:
-    """Times that are the start and constant step sizes: all move with the start."""
-
-    def __init__(self, t: Tensor) -> None:
-        self.inputs = (t,)
-        self.cut_steps: dict[int, int | None] = {}
-        """Steps cut to end at the output time of an index, or at a step_t or jump_t, which does not move: the step's
-        size takes up the moves of both its ends."""
-
-    def __call__(self, trajectory: Trajectory, t: Tensor) -> Times:
-        """The solve's times as functions of t: the output times, or the start alone of a solve up to an event."""
-        given = t.reshape(-1).double()
-        # What a time may move with: an entry of t, or at the end of these nothing.
-        moved = torch.cat([given - given.detach(), given.new_zeros(1)])
-        starts, sizes = (
-            torch.tensor([getattr(step, name) for step in trajectory.steps], dtype=torch.float64, device=t.device)
-            for name in ("t0", "h")
-        )
-        with_which, cuts = [0], list(self.cut_steps)
-        for n in range(len(starts)):
-            end = self.cut_steps.get(n, with_which[-1])
-            with_which.append(len(given) if end is None else end)
-        moves = moved[with_which]
-        if cuts:
-            cut = torch.tensor(cuts, device=t.device)
-            sizes = sizes.index_add(0, cut, moves[cut + 1] - moves[cut])
-        outputs = torch.tensor(
-            [trajectory.steps[n].t0 + theta * trajectory.steps[n].h for n, theta in trajectory.outputs if n >= 0],
-            dtype=torch.float64, device=t.device,
-        )  # fmt: skip
-        # An event's time is a constant, as in torchdiffeq.
-        return Times(starts + moves[:-1], sizes, t[1:].double() if t.ndim else outputs)
-
-
-class GridTimes:
-    """Times that are a grid's points: each step's size moves with both its ends."""
-
-    def __init__(self, t: Tensor, grid: Tensor) -> None:
-        self.inputs = (t, grid)
-
-    def __call__(self, trajectory: Trajectory, t: Tensor, grid: Tensor) -> Times:
-        """The solve's times as functions of the output times and the grid."""
-        return Times(grid[:-1].double(), grid.diff().double(), t[1:].double())

@@ -22,8 +22,9 @@ from ...vector_field import VectorField
 from ...witness import refuse_transforms
 from . import adjoint, implicit
 from .methods import base_solver, is_one_step, solvers
-from .recorders import GridTimes, RecordedField, StartingTime, Unperturbed
+from .recorded_field import RecordedField, Unperturbed
 from .recording import recording
+from .times import GridTimes, StartingTime
 
 
 def _with_compiled_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> Any:

@@ -1,0 +1,81 @@
+"""The times of a solve by torchdiffeq: of its stages, and as functions of the times that it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...replay import Times
+from ...trajectory import Step, Trajectory
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """The times that torchdiffeq hands to f in a step.
+
+    Args:
+        c: the stages' times in units of the step, float64.
+        solver_dtype: in which the solver keeps time.
+        dtype: in which it computes the stages' times.
+        device: the state's.
+    """
+
+    c: Tensor
+    solver_dtype: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, steps: Sequence[Step]) -> list[Sequence[Tensor]]:
+        numbers = [(step.t0, step.t1, step.h) for step in steps]
+        t0, t1, h = torch.tensor(numbers, dtype=self.solver_dtype).to(self.dtype).T[:, :, None]
+        # As torchdiffeq does, so that a stage at the step's end is at t1 to the last bit.
+        times = torch.where(self.c == 1, t1, t0 + self.c.to(self.dtype) * h).to(self.device)
+        return [of_step.unbind() for of_step in times.unbind()]
+
+
+class StartingTime:
+    """Times that are the start and constant step sizes: all move with the start."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.inputs = (t,)
+        self.cut_steps: dict[int, int | None] = {}
+        """Steps cut to end at the output time of an index, or at a step_t or jump_t, which does not move: the step's
+        size takes up the moves of both its ends."""
+
+    def __call__(self, trajectory: Trajectory, t: Tensor) -> Times:
+        """The solve's times as functions of t: the output times, or the start alone of a solve up to an event."""
+        given = t.reshape(-1).double()
+        # What a time may move with: an entry of t, or at the end of these nothing.
+        moved = torch.cat([given - given.detach(), given.new_zeros(1)])
+        starts, sizes = (
+            torch.tensor([getattr(step, name) for step in trajectory.steps], dtype=torch.float64, device=t.device)
+            for name in ("t0", "h")
+        )
+        with_which, cuts = [0], list(self.cut_steps)
+        for n in range(len(starts)):
+            end = self.cut_steps.get(n, with_which[-1])
+            with_which.append(len(given) if end is None else end)
+        moves = moved[with_which]
+        if cuts:
+            cut = torch.tensor(cuts, device=t.device)
+            sizes = sizes.index_add(0, cut, moves[cut + 1] - moves[cut])
+        outputs = torch.tensor(
+            [trajectory.steps[n].t0 + theta * trajectory.steps[n].h for n, theta in trajectory.outputs if n >= 0],
+            dtype=torch.float64, device=t.device,
+        )  # fmt: skip
+        # An event's time is a constant, as in torchdiffeq.
+        return Times(starts + moves[:-1], sizes, t[1:].double() if t.ndim else outputs)
+
+
+class GridTimes:
+    """Times that are a grid's points: each step's size moves with both its ends."""
+
+    def __init__(self, t: Tensor, grid: Tensor) -> None:
+        self.inputs = (t, grid)
+
+    def __call__(self, trajectory: Trajectory, t: Tensor, grid: Tensor) -> Times:
+        """The solve's times as functions of the output times and the grid."""
+        return Times(grid[:-1].double(), grid.diff().double(), t[1:].double())
