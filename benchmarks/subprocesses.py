@@ -9,6 +9,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+# jax reads its own when it is imported: one thread of Eigen's, and one in the pool of its client.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "NPROC": "1",
+}
+
 
 def measure(module: str, *arguments: Any, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What `python -m module --cell ARGUMENTS` prints last, or {"error": the last line of what it said instead}.

@@ -28,7 +28,7 @@ from benchmarks.speed import per_step
 from benchmarks.speed.methods import BACKPROPAGATION, METHODS
 from benchmarks.speed.problems import PROBLEMS, SOLVERS
 from benchmarks.speed.report import memory_figure, per_step_figure, tables, times_figure
-from benchmarks.subprocesses import measure
+from benchmarks.subprocesses import ONE_THREAD, measure
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "speed"
 QUICK_RESULTS = Path("build") / "speed"
@@ -36,13 +36,6 @@ QUICK_METHODS = (
     "bare calls, graphs kept (2N)", BACKPROPAGATION, "torchdiffeq, odeint_adjoint", "ours, default", 'ours, "steps"',
 )  # fmt: skip
 PACKAGES = ("torch", "torchdiffeq", "torchdyn", "TorchDiffEqPack", "torchode", "diffrax", "jax")
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-# Read by jax when it is imported: one thread of Eigen's, and one in the pool of its client.
-ONE_THREAD_OF_JAX = {
-    "JAX_ENABLE_X64": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    "NPROC": "1",
-}
 
 
 def main() -> None:
@@ -58,7 +51,7 @@ def main() -> None:
         steps = [key for key in steps if not _found(record["per_step"], _step_key, key)]
     began = time.perf_counter()
     environment = (
-        ONE_THREAD | ONE_THREAD_OF_JAX if given.device == "cpu" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        ONE_THREAD | {"JAX_ENABLE_X64": "1"} if given.device == "cpu" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     )
     with tqdm(total=len(methods) + len(steps), ascii=True, unit="cell", dynamic_ncols=True) as progress:
         for problem, solver, method in methods:
