@@ -125,6 +125,9 @@ def sweep_step(
     return adjoint, first_slope, None if times is None else gathered([times], nothing)
 
 
+_NO_OUTPUTS = torch.zeros(0)
+
+
 def _step_back(trajectory: Trajectory) -> type[_StepBack] | type[ImplicitStepBack]:
     return _StepBack if trajectory.implicit is None else ImplicitStepBack
 
@@ -149,13 +152,18 @@ class _StepBack:
         # Graphs of the forward pass end in the leaves that stood in for dependencies then.
         self.graphs_hold = sums.stand_ins is field.stand_ins
         dense, tableau = trajectory.dense, trajectory.tableau
-        self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
-        self.weights = dense.weights(self.theta)
-        self.device_weights = self.weights.to(given)
-        self.derivatives = dense.derivatives(self.theta) if want_times else None
-        # Whether an output is the state at a step's end and no more.
-        ends = (self.weights[:, : tableau.stages] == tableau.b).all(1) & (self.weights[:, tableau.stages :] == 0).all(1)
-        self.is_end = (ends & (not want_times)).tolist()
+        self.theta = self.weights = self.device_weights = _NO_OUTPUTS
+        self.derivatives = _NO_OUTPUTS if want_times else None
+        self.is_end: list[bool] = []
+        if trajectory.outputs:
+            self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
+            self.weights = dense.weights(self.theta)
+            self.device_weights = self.weights.to(given)
+            self.derivatives = dense.derivatives(self.theta) if want_times else None
+            # Whether an output is the state at a step's end and no more.
+            s, b = tableau.stages, tableau.b
+            ends = (self.weights[:, :s] == b).all(1) & (self.weights[:, s:] == 0).all(1)
+            self.is_end = (ends & (not want_times)).tolist()
         self.retaker = Retaker(trajectory, field)
         self.with_end = tableau.with_end_stage() if dense.end_stage else tableau
         self.following = trajectory.end
