@@ -212,6 +212,28 @@ def test_the_product_of_adjoint_and_variation_is_conserved(method) -> None:
     assert abs(before @ delta - adjoint @ end[2:]) <= 1e-12 * scale
 
 
+def test_a_callback_that_changes_the_state_whatever_is_kept() -> None:
+    class Scaling(Field):
+        steps = 0
+
+        def callback_step(self, t0, y0, dt):
+            self.steps += 1
+            if self.steps in (3, 7):
+                with torch.no_grad():
+                    y0.mul_(0.7)
+
+    y0 = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    stages, *others = (
+        Outcome(
+            Scaling(3, 3), y0, torch.linspace(0, 1, 6, dtype=torch.float64), method=f"{FLAG}:implicit_midpoint",
+            options={"step_size": 0.1, "checkpoint": policy},
+        )
+        for policy in ("stages", "steps", "binomial")
+    )  # fmt: skip
+    for other in others:
+        assert max(errors(other, stages).values()) <= 1e-12
+
+
 @pytest.mark.parametrize("method", ["gl4", "kencarp3", "kencarp3_imex"])
 def test_every_policy_and_budget_gives_the_same_gradient(method, tmp_path) -> None:
     field, y0 = Field(3, 3), torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -253,6 +253,23 @@ class TestOptions:
             calls.append(field.calls)
         assert calls[0] == calls[1] != []
 
+    @pytest.mark.parametrize("through", ["state", "data"])
+    def test_a_callback_that_changes_the_state(self, through) -> None:
+        class Scaling(MLP):
+            def callback_step(self, t0, y0, dt):
+                self.steps += 1
+                if self.steps in (3, 7):
+                    with torch.no_grad():
+                        (y0 if through == "state" else y0.data).mul_(0.7)
+
+        def work(name):
+            field, y0 = Scaling(2, 8, torch.Generator().manual_seed(0)), Y0.clone().requires_grad_()
+            field.steps = 0
+            y = torchdiffeq.odeint(field, y0, T, method=name, options={"step_size": 0.05})
+            return y, *torch.autograd.grad(y.square().sum(), [y0, field.w1])
+
+        assert_same(work("symplectic_adjoint:rk4"), work("rk4"))
+
     def test_step_sizes_of_the_first_step_are_the_hosts_own(self) -> None:
         evaluations = []
         for method in ("dopri5", "symplectic_adjoint"):

@@ -261,7 +261,7 @@ class _StepBack:
             if handed_on and slopes[0] is None and s > 1 and h * a[1][0] != 0:
                 slopes[0] = (stages[0] - start) / (h * a[1][0])  # the second stage is made of it alone
             self._compare(tableau, h, start, slopes)
-        self.following = state
+        self.following = None if kept.previous is None else state  # a step that follows no other may start elsewhere
         if end > begin:
             adjoint = adjoint + given.sum(0)
         return _sum([adjoint, *xi]), first_slope_cotangent, times
@@ -318,7 +318,7 @@ class _StepBack:
         of_state, of_slope = pulled
         before = torch.zeros_like(adjoint) if of_state is None else of_state
         report.vjps += (n + 1 - first) * len(graph.slopes) - (graph.first_slope is not None)
-        self.following = graph.leaf.detach()
+        self.following = None if trajectory.kept[first].previous is None else graph.leaf.detach()
         if of_slope is None or steps[n].slope_handed_on:
             return first, end, before, of_slope
         # The first slope was evaluated outside the step, at its start.

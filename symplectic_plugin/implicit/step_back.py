@@ -117,7 +117,7 @@ class ImplicitStepBack:
             self._compare_slopes(parts, of_f, back, stages, norm(cotangent) + norm(given), h)
         else:
             self._compare_ends(x, ended)
-        self.following = state
+        self.following = None if trajectory.kept[n].previous is None else state
         before = cotangent + given.sum(0) + back.stages.sum(0) + of_start
         first = layout.shaped(back.slopes[0]) if step.slope_handed_on else None
         return layout.shaped(before), first, times

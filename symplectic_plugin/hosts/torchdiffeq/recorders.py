@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchdiffeq._impl import misc
 from torchdiffeq._impl.misc import Perturb
 
 from ...checkpoints import Checkpoints, Kept
@@ -152,8 +153,15 @@ class _Recorder(ABC):
                 graph = StepGraph(self.func.field, self.trajectory.tableau, start, float(h), first_slope, before)
             self.func.begin_step(self._evaluations, graph)
 
-    def note(self, step: Step, state: Tensor, slope: Tensor | None) -> None:
-        """Add an accepted step to the trajectory, with the state at its start and, if it has to be kept, the slope."""
+    def note(self, step: Step, state: Tensor, slope: Tensor | None, follows: bool = True) -> None:
+        """Add an accepted step to the trajectory, with the state at its start and, if it has to be kept, the slope.
+
+        Args:
+            step: the step.
+            state: the state at its start.
+            slope: the slope there, None if it can be evaluated again.
+            follows: whether the state is where the step before ended, if there is one.
+        """
         trajectory, checkpoints, func = self.trajectory, self.checkpoints, self.func
         assert trajectory is not None
         stages: list[Tensor] | None = None
@@ -165,7 +173,7 @@ class _Recorder(ABC):
         elif checkpoints.wants_stages() and step.draws is None:  # else they must be evaluated again, in the same order
             stages = self.kept_stages(step)
         func.first, func.stages, func.graph = None, [], None
-        previous = trajectory.kept[-1] if trajectory.kept else None
+        previous = trajectory.kept[-1] if trajectory.kept and follows else None
         kept = Kept(previous, state, slope, stages, graph, len(trajectory.kept))
         trajectory.steps.append(step)
         trajectory.kept.append(kept)
@@ -353,6 +361,8 @@ class FixedGrid(_Recorder):
         self._stage_times: Iterator[Sequence[Tensor]] | None = None
         # Of torchdiffeq's own steps nothing but the tableau matters; a user's may do something besides.
         self._is_own = type(self).base.__module__.startswith("torchdiffeq.")
+        no_callback = getattr(misc, "_null_callback", None)  # torchdiffeq 0.2.3 has no callbacks
+        self._has_callback = getattr(self.func, "callback_step", no_callback) is not no_callback
         if not recorded:
             return StartingTime(t)
         if t.ndim == 0:
@@ -390,15 +400,17 @@ class FixedGrid(_Recorder):
         y0, dy = self._last
         return y0 + dy
 
-    def _graph_before(self, y0: Tensor) -> StepGraph | None:
-        """The graph of the step that ended in y0, if this step's is to go on from it: once the rest is known to fit."""
+    def _follows(self, y0: Tensor) -> bool:
+        """Whether the state at a step's start is where the step before ended: a callback may have changed it."""
+        return not self._has_callback or torch.equal(y0, self.end_state())
+
+    def _graph_before(self) -> StepGraph | None:
+        """The graph of the step before, if this step's is to go on from it: once the rest is known to fit."""
         trajectory = self.trajectory
-        if trajectory is None or not trajectory.kept or not self._is_own or self._grid is None:
+        if trajectory is None or not self._is_own or self._grid is None:
             return None
         graph = trajectory.kept[-1].graph
         if graph is None or not self._links_graphs or graph.index + 1 == _CHUNK:
-            return None
-        if y0._version != 0:  # a callback has changed it
             return None
         return None if trajectory.dense.end_stage else graph  # outputs are made of slopes that are not in it
 
@@ -409,13 +421,14 @@ class FixedGrid(_Recorder):
             step = Step(float(t0), float(t1), float(dt), False, trajectory.keywords[0])
         else:
             step = self._grid[len(trajectory.steps)]
-        self.begin_step(y0, None, step.h, self._graph_before(y0))
+        follows = bool(trajectory.kept) and self._follows(y0)
+        self.begin_step(y0, None, step.h, self._graph_before() if follows else None)
         if self._is_own:
             times = trajectory.stage_times([step])[0] if self._stage_times is None else next(self._stage_times)
             result = self.func.take_step(trajectory.tableau, step, times, trajectory.keywords, y0)
         else:
             result = super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
-        self.note(step if self.func.draws is None else replace(step, draws=self.func.draws), y0, None)
+        self.note(step if self.func.draws is None else replace(step, draws=self.func.draws), y0, None, follows)
         self._last = y0, result[0]
         return result
 
