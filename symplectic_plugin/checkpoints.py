@@ -119,6 +119,7 @@ class Checkpoints:
         self.used = self.most_states = self.most_graphs = 0
         self.working = self.evaluation = self._state = 0
         self._sizes: dict[int, int] = {}
+        self._largest = 0
         self._states_alone = policy == "steps"
         self._budget = budget
         self._graph_bytes = self._state_bytes = 0
@@ -190,6 +191,9 @@ class Checkpoints:
             nodes = evaluation.nodes
             if nodes not in self._sizes:
                 self._sizes[nodes] = sum(graph.field.memory_of(evaluation)) + self._state
+                # Beside it there will be what its backward pass makes.
+                self.working += 3 * max(0, self._sizes[nodes] - max(self._largest, self.evaluation))
+                self._largest = max(self._largest, self._sizes[nodes])
             size += self._sizes[nodes]
         return size
 

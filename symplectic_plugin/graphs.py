@@ -89,6 +89,13 @@ def vjp(
     )  # fmt: skip
 
 
+def in_type_of(output: Tensor, cotangent: Tensor) -> Tensor:
+    """A cotangent in the dtype of what it is the cotangent of: of its real part, if that is real."""
+    if cotangent.is_complex() and not output.is_complex():
+        cotangent = cotangent.real
+    return cotangent.to(output.dtype)
+
+
 def referenced(leaves: list[Tensor]) -> list[Tensor]:
     """Those leaves that somebody else refers to: f may make leaves of its own, `x.detach().requires_grad_()`."""
     # The list, the loop's variable and the function's argument.
@@ -157,7 +164,11 @@ def saved_storages(value: Tensor, start: Any = None) -> dict[int, int]:
     if value.grad_fn is None:
         return storages
     for node, leaf, _ in history(value, start):
-        for tensor in () if leaf is not None else _tensors(_saved(node)):
+        try:
+            saved = [] if leaf is not None else _saved(node)
+        except RuntimeError:  # changed in place, and so of no use: autograd will say so if it is gone back through
+            continue
+        for tensor in _tensors(saved):
             if tensor.layout is torch.strided:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()

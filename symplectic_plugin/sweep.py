@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .cotangents import CotangentSums
+from .graphs import in_type_of
 from .implicit.step_back import ImplicitStepBack
 from .retake import Retaker
 from .runge_kutta import combined
@@ -290,7 +291,7 @@ class _StepBack:
         def add(output: Tensor, cotangent: Tensor) -> None:
             if output.requires_grad:
                 outputs.append(output)
-                cotangents.append(cotangent.to(output.dtype))
+                cotangents.append(in_type_of(output, cotangent))
 
         for i, cotangent in slope_cotangents.items():
             if cotangent is not None:

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from .cotangents import CotangentSums, StandIns
 from .dependencies import Held, has_hooks
-from .graphs import accumulator, edge_of, graph_inputs, is_alive, nodes_between, referenced, saved_storages, vjp
+from .graphs import (
+    accumulator,
+    edge_of,
+    graph_inputs,
+    in_type_of,
+    is_alive,
+    nodes_between,
+    referenced,
+    saved_storages,
+    vjp,
+)
 from .randomness import Generators
 from .report import SolveReport
 
@@ -262,6 +272,11 @@ class VectorField:
     def _checked(self, slope: Any, x: Tensor) -> Tensor:
         """What f returned at state x, which may be of another kind than what it returned at first."""
         slope = require_slope(slope, x)
+        if x._backward_hooks:
+            raise RuntimeError(
+                "symplectic_adjoint: the vector field registers a hook on the state that it is given. What that would "
+                "see depends on how a step is gone back through: put it on what is computed from the state"
+            )
         if not (slope.is_floating_point() or slope.is_complex()):
             slope = slope.to(x.dtype)  # an integer one
         self.rounding = max(self.rounding, _precision(slope.dtype))  # under autocast less than the state's
@@ -299,7 +314,7 @@ class VectorField:
             own = (again.leaf, again.time)
             if strangers & self.strangers([again.slope], again.argument.grad_fn, own, sums):
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
-        grads = vjp([slope], [cotangent.to(slope.dtype)], [*leaves, *sums.inputs], keep_graph)
+        grads = vjp([slope], [in_type_of(slope, cotangent)], [*leaves, *sums.inputs], keep_graph)
         sums.add(grads[len(leaves) :])
         tau = grads[1] if want_time else None
         # torchdiffeq's adaptive methods make complex times for complex states.

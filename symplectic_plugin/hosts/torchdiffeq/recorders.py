@@ -74,6 +74,11 @@ class _Recorder(ABC):
             dtype: in which the solver keeps time.
         """
 
+    def has_callbacks(self, *names: str) -> bool:
+        """Whether func has a callback of one of these names."""
+        none = getattr(misc, "_null_callback", None)  # torchdiffeq 0.2.3 has no callbacks
+        return any(getattr(self.func, name, none) is not none for name in names)
+
     @abstractmethod
     def end_state(self) -> Tensor:
         """The state at the end of the last step."""
@@ -238,6 +243,7 @@ class Adaptive(_Recorder):
         self.tableau = PreparedTableau.of(self.tableau)
         if recorded:
             self.record(self.dtype, self.y0.abs().dtype, max(2, t.numel()))
+        self._has_callback = self.has_callbacks("callback_step", "callback_accept_step", "callback_reject_step")
         self._slope_handed_on = False
         self._first_keywords: Mapping[str, Any] = {}
         self._times = StartingTime(t)
@@ -267,7 +273,13 @@ class Adaptive(_Recorder):
         # Where a step may be cut short, its size is not known yet.
         uncut = self.trajectory is not None and not len(self.step_t) and not len(self.jump_t)
         self.begin_step(rk_state.y1, rk_state.f1, self._proposed_size(rk_state.dt) if uncut else None)
+        before = rk_state.y1.clone() if self._has_callback and self.trajectory is not None else None
         new = self.host_step(rk_state)
+        if before is not None and not torch.equal(before, rk_state.y1):
+            raise RuntimeError(
+                "symplectic_adjoint: a callback changed the state in place. With an adaptive method the slope there "
+                "was evaluated before, so the gradient would be wrong: use a fixed-grid method, or stop at an event"
+            )
         if self.trajectory is None:
             return new
         if new.t1 is rk_state.t1:
@@ -361,8 +373,7 @@ class FixedGrid(_Recorder):
         self._stage_times: Iterator[Sequence[Tensor]] | None = None
         # Of torchdiffeq's own steps nothing but the tableau matters; a user's may do something besides.
         self._is_own = type(self).base.__module__.startswith("torchdiffeq.")
-        no_callback = getattr(misc, "_null_callback", None)  # torchdiffeq 0.2.3 has no callbacks
-        self._has_callback = getattr(self.func, "callback_step", no_callback) is not no_callback
+        self._has_callback = self.has_callbacks("callback_step")
         if not recorded:
             return StartingTime(t)
         if t.ndim == 0:
