@@ -270,6 +270,13 @@ class TestOptions:
 
         assert_same(work("symplectic_adjoint:rk4"), work("rk4"))
 
+    @pytest.mark.parametrize("callback", ["callback_step", "callback_accept_step"])
+    def test_a_callback_that_changes_the_state_of_an_adaptive_method_raises(self, callback) -> None:
+        field = MLP(2, 8, torch.Generator().manual_seed(0))
+        setattr(field, callback, lambda t0, y0, dt: y0.data.mul_(0.9))
+        with pytest.raises(RuntimeError, match="symplectic_adjoint: a callback changed the state in place"):
+            torchdiffeq.odeint(field, Y0, T, method="symplectic_adjoint:dopri5")
+
     def test_step_sizes_of_the_first_step_are_the_hosts_own(self) -> None:
         evaluations = []
         for method in ("dopri5", "symplectic_adjoint"):
@@ -822,6 +829,31 @@ class TestGradientsOfWhatFHolds:
 
     def solve(self, field, method, loss=lambda y: (y**2).sum()):
         return loss(torchdiffeq.odeint(field, Y0, T, method=method, options={"first_step": 0.1}))
+
+    @pytest.mark.parametrize("method", ["rk4", "dopri5"])
+    def test_a_hook_on_the_state_raises(self, method) -> None:
+        w = random(2, 2).requires_grad_()
+
+        def field(t, y):
+            if y.requires_grad:
+                y.register_hook(lambda g: 0.9 * g)
+            return torch.tanh(y @ w)
+
+        with pytest.raises(RuntimeError, match="symplectic_adjoint: the vector field registers a hook on the state"):
+            torchdiffeq.odeint(field, Y0, T, method=f"symplectic_adjoint:{method}")
+
+    @pytest.mark.parametrize("method", ["rk4", "dopri5"])
+    def test_a_field_that_has_no_gradient_can_be_solved_forward(self, method) -> None:
+        w = random(2, 2).requires_grad_()
+
+        def field(t, y):
+            return (0.1 * (y @ w)).exp().mul_(0.1)  # exp needs what it returned
+
+        expected = torchdiffeq.odeint(field, Y0, T, method=method)
+        actual = torchdiffeq.odeint(field, Y0, T, method=f"symplectic_adjoint:{method}")
+        assert_same([actual], [expected])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            actual.sum().backward()
 
     def test_a_hook_runs_once(self) -> None:
         found = []

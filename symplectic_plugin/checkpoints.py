@@ -172,7 +172,7 @@ class Checkpoints:
         self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (2 * stages + 12 + 2 * outputs) * size
         self.working += solving
         self.evaluation = sum(sizes) + size
-        self._sizes[evaluation.nodes] = self.evaluation
+        self._sizes[evaluation.nodes] = self._largest = self.evaluation
         self._state = size * (2 if keeps_slope else 1) if self.storage.on_device else 0
         field.report.evaluation_bytes = sum(sizes)
         if self._budget is not None and self._room() < self._least(steps) * self._state:
@@ -186,16 +186,24 @@ class Checkpoints:
 
     def size_of(self, graph: StepGraph) -> int:
         """The bytes that a step's graph keeps, where evaluations that made as many nodes are taken to be as large."""
-        size = 0
-        for evaluation in graph.evaluations():
-            nodes = evaluation.nodes
-            if nodes not in self._sizes:
-                self._sizes[nodes] = sum(graph.field.memory_of(evaluation)) + self._state
-                # Beside it there will be what its backward pass makes.
-                self.working += 3 * max(0, self._sizes[nodes] - max(self._largest, self.evaluation))
-                self._largest = max(self._largest, self._sizes[nodes])
-            size += self._sizes[nodes]
-        return size
+        return sum(self._size_of(graph.field, evaluation) for evaluation in graph.evaluations())
+
+    def has_room_for(self, graph: StepGraph) -> bool:
+        """Whether a graph in the making can be kept, even if its latest evaluation is larger than those before."""
+        latest = graph.latest
+        if latest.nodes in self._sizes:
+            return True
+        self._size_of(graph.field, latest)
+        return self.used + self.size_of(graph) <= self._room()
+
+    def _size_of(self, field: VectorField, evaluation: Evaluation) -> int:
+        nodes = evaluation.nodes
+        if nodes not in self._sizes:
+            self._sizes[nodes] = sum(field.memory_of(evaluation)) + self._state
+            # Beside it there will be what its backward pass makes.
+            self.working += 3 * max(0, self._sizes[nodes] - self._largest)
+            self._largest = max(self._largest, self._sizes[nodes])
+        return self._sizes[nodes]
 
     def wants_graphs(self, evaluations: int, remaining: int = 0) -> bool:
         """Whether there is room for the graphs of the step to come and of those that will follow it.
@@ -206,7 +214,7 @@ class Checkpoints:
         """
         if self.policy != "auto" or self._states_alone or self._is_binomial():
             return False
-        each = evaluations * self.evaluation + self._state
+        each = evaluations * self._largest + self._state
         return self.used + (remaining + 1) * each <= self._room((remaining + 1) * self._state)
 
     def wants_stages(self) -> bool:

@@ -137,6 +137,13 @@ class StepGraph:
     def evaluations(self) -> list[Evaluation]:
         """Those in it."""
         evaluated = zip(self.stages, self.slopes, strict=True)
-        return [
-            Evaluation(stage, stage, stage, {}, slope) for stage, slope in evaluated if slope is not self.first_slope
-        ]
+        return [_evaluation(stage, slope) for stage, slope in evaluated if slope is not self.first_slope]
+
+    @property
+    def latest(self) -> Evaluation:
+        """The latest of them."""
+        return _evaluation(self.stages[-1], self.slopes[-1])
+
+
+def _evaluation(stage: Tensor, slope: Tensor) -> Evaluation:
+    return Evaluation(stage, stage, stage, {}, slope)

@@ -53,6 +53,8 @@ class RecordedField:
         self.stages: list[Any] = []
         self.expected = 0
         self.graph: StepGraph | None = None
+        self.latest_stage: Tensor | None = None
+        self.has_room_for: Callable[[StepGraph], bool] = lambda graph: True
 
     def begin_step(self, evaluations: int, graph: StepGraph | None) -> None:
         """Forget what was noted of the evaluations before."""
@@ -82,7 +84,7 @@ class RecordedField:
         for t, row, of_stage in zip(times, a, keywords, strict=False):  # there may be one more time
             stage = combined(y, row, slopes, step.h) if self.graph is None or not slopes else None
             slopes.append(self._evaluate(t, stage, of_stage, True))
-            self.stages.append(stage)
+            self.stages.append(self.latest_stage if stage is None else stage)
         moved = combined(None, b, slopes, step.h) if self.graph is None else self.graph.moved.detach()
         return moved, slopes[0]
 
@@ -96,7 +98,11 @@ class RecordedField:
             self.last_draw = field.generators.states()
             self.draws = self.draws or self.last_draw
         if in_step and self.graph is not None:
-            return self.graph.evaluate(t, y, keywords)
+            slope = self.graph.evaluate(t, y, keywords)
+            self.latest_stage = self.graph.stages[-1].detach()
+            if not self.has_room_for(self.graph):
+                self.graph = None
+            return slope
         assert y is not None
         return field(t, y, keywords)
 

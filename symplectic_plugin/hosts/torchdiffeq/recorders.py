@@ -122,6 +122,7 @@ class _Recorder(ABC):
             return self._wants_graph()
 
         self.func.on_discovery = begin
+        self.func.has_room_for = checkpoints.has_room_for
 
     def implicit_solve(self) -> ImplicitSolve | None:
         """How the stages are solved for, if they have to be."""

@@ -434,6 +434,8 @@ class _Evaluations:
                 slope = field(t, argument, {})
             else:
                 slope = self.graph.evaluate(t.detach().clone(), argument, {})  # a copy: t may be changed in place
+                if not self.solve.checkpoints.has_room_for(self.graph):
+                    self.graph = None
         self.stages.append(x)
         return slope[:-1].view(x.shape) if self.with_loss else slope
 
