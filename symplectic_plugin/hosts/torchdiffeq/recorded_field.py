@@ -28,8 +28,10 @@ class Unperturbed:
         self.func = func
         self.inner = func.base_func if type(func) is _PerturbFunc else func
 
-    def __call__(self, t: Tensor, y: Tensor, **keywords: Any) -> Any:
-        return self.func(t, y, **keywords) if keywords or t.dtype != y.dtype else self.inner(t, y)
+    def __call__(self, t: Tensor, y: Tensor, perturb: Perturb = Perturb.NONE) -> Any:
+        if perturb is Perturb.NONE and (t.dtype == y.dtype or self.inner is self.func):
+            return self.inner(t, y)
+        return self.func(t, y, perturb=perturb)
 
 
 class RecordedField:
