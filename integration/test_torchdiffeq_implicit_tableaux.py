@@ -24,12 +24,12 @@ class FixedGridFIRKODESolver(FixedGridODESolver):
     """As that of torchdiffeq's main branch, but for its iteration."""
 
     def _step_func(self, func, t0, dt, t1, y0):
-        raise NotImplementedError
+        raise AssertionError("its coefficients are taken, not its steps")
 
 
 class FixedGridDIRKODESolver(FixedGridFIRKODESolver):
     def _step_func(self, func, t0, dt, t1, y0):
-        raise NotImplementedError
+        raise AssertionError("its coefficients are taken, not its steps")
 
 
 def method(family: type, order: int, alpha: list[float], beta: list[list[float]], b: list[float]) -> type:

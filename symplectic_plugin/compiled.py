@@ -48,7 +48,7 @@ class Compiled:
             except Exception as error:
                 if not _is_of_compilation(error):
                     raise
-                del _programs[self]
+                _programs.pop(self, None)
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(
                     "symplectic_adjoint: torch.compile failed, so the vector field is evaluated as it is: "

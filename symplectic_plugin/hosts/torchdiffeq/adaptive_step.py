@@ -1,4 +1,4 @@
-"""torchdiffeq's adaptive step where nothing is to be differentiated: the same to the last bit, at half the overhead."""
+"""torchdiffeq's adaptive step where nothing is to be differentiated: the same to the last bit, in fewer calls."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -67,9 +68,9 @@ class _Implicit:
         """The stiff and the nonstiff part of a vector field."""
         return _parts(func, self.method.name)
 
+    @abstractmethod
     def stage_keywords(self) -> list[dict[str, Any]]:
         """What f is handed at each stage beside time and state."""
-        raise NotImplementedError
 
     def take(
         self, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor, keywords: Sequence[dict[str, Any]], f0: Tensor | None
