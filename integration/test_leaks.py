@@ -46,9 +46,9 @@ class Torchdiffeq:
         self.y0 = torch.ones(STATE_BYTES // 8, dtype=torch.float64).requires_grad_()
         self.method, self.options = f"symplectic_adjoint:{method}", OPTIONS[method]
 
-    def solve(self) -> Tensor:
+    def solve(self, **options: Any) -> Tensor:
         self.field.context = torch.sin(self.field.w)
-        return torchdiffeq.odeint(self.field, self.y0, T, method=self.method, options=self.options)[-1]
+        return torchdiffeq.odeint(self.field, self.y0, T, method=self.method, options={**self.options, **options})[-1]
 
 
 class Torchdyn(Torchdiffeq):
@@ -59,8 +59,9 @@ class Torchdyn(Torchdiffeq):
         super().__init__(method)
         self.ode = core.NeuralODE(self.field, solver=method, sensitivity="symplectic_adjoint", return_t_eval=False)
 
-    def solve(self) -> Tensor:
+    def solve(self, checkpoint: str | None = None) -> Tensor:
         self.field.context = torch.sin(self.field.w)
+        self.ode.solver.checkpoint = checkpoint
         return self.ode(self.y0, T)[-1]
 
 
@@ -73,7 +74,7 @@ def with_backward(model: Torchdiffeq) -> None:
 
 
 def with_a_failing_backward_pass(model: Torchdiffeq) -> None:
-    loss = model.solve().sum()
+    loss = model.solve(checkpoint="steps").sum()
     Field.fails = True
     try:
         loss.backward()

@@ -113,14 +113,26 @@ class TestAroundASolve:
     @every_solver
     def test_batched_gradients_are_refused(self, solver) -> None:
         field, y0 = mlp(), Y0.clone().requires_grad_()
+        options = {"checkpoint": "steps"} if solver in TORCHDIFFEQ else {}
         with pytest.raises(RuntimeError, match="vectorize=False"):
-            jacobian(lambda y: solve(solver, True, field, y, T)[-1], Y0, vectorize=True)
+            jacobian(lambda y: solve(solver, True, field, y, T, **options)[-1], Y0, vectorize=True)
         with pytest.raises(RuntimeError, match="vectorize=False"):
-            hessian(lambda y: solve(solver, True, field, y, T)[-1].sum(), Y0, vectorize=True)
-        y = solve(solver, True, field, y0, T)[-1]
+            hessian(lambda y: solve(solver, True, field, y, T, **options)[-1].sum(), Y0, vectorize=True)
+        y = solve(solver, True, field, y0, T, **options)[-1]
         rows = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
         with pytest.raises(RuntimeError, match="is_grads_batched"):
             torch.autograd.grad(y, (y0, field.w1), rows, is_grads_batched=True)
+
+    @pytest.mark.parametrize("solver", TORCHDIFFEQ)
+    def test_batched_gradients_through_a_whole_graph(self, solver) -> None:
+        field, y0 = mlp(), Y0.clone().requires_grad_()
+
+        def work(flag: bool) -> Any:
+            y = solve(solver, flag, field, y0, T)[-1]
+            rows = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+            return torch.autograd.grad(y, (y0, field.w1), rows, is_grads_batched=True)
+
+        both(work)
 
     @pytest.mark.parametrize("solver", ["torchdyn tsit5", "torchdyn rk4"])
     @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])

@@ -186,24 +186,22 @@ class Checkpoints:
 
     def size_of(self, graph: StepGraph) -> int:
         """The bytes that a step's graph keeps, where evaluations that made as many nodes are taken to be as large."""
-        return sum(self._size_of(graph.field, evaluation) for evaluation in graph.evaluations())
+        return sum(self._sizes[nodes] for nodes in graph.nodes)
 
     def has_room_for(self, graph: StepGraph) -> bool:
         """Whether a graph in the making can be kept, even if its latest evaluation is larger than those before."""
-        latest = graph.latest
-        if latest.nodes in self._sizes:
+        nodes = graph.nodes[-1]
+        if nodes in self._sizes:
             return True
-        self._size_of(graph.field, latest)
+        self._sizes[nodes] = sum(graph.field.memory_of(graph.latest)) + self._state
+        # Beside it there will be what its backward pass makes.
+        self.working += 3 * max(0, self._sizes[nodes] - self._largest)
+        self._largest = max(self._largest, self._sizes[nodes])
         return self.used + self.size_of(graph) <= self._room()
 
-    def _size_of(self, field: VectorField, evaluation: Evaluation) -> int:
-        nodes = evaluation.nodes
-        if nodes not in self._sizes:
-            self._sizes[nodes] = sum(field.memory_of(evaluation)) + self._state
-            # Beside it there will be what its backward pass makes.
-            self.working += 3 * max(0, self._sizes[nodes] - self._largest)
-            self._largest = max(self._largest, self._sizes[nodes])
-        return self._sizes[nodes]
+    def may_go_on(self, graph: StepGraph) -> bool:
+        """Whether another step's graph may go on from one: they can only be dropped together."""
+        return graph.size <= self._room() / 4
 
     def wants_graphs(self, evaluations: int, remaining: int = 0) -> bool:
         """Whether there is room for the graphs of the step to come and of those that will follow it.
@@ -246,7 +244,8 @@ class Checkpoints:
             self._count_state(kept, _bytes(state) + (0 if slope is None else _bytes(slope)))
         me = weakref.ref(kept)
         self._kept.append(me)
-        if kept.graph is not None:
+        if (graph := kept.graph) is not None:
+            graph.size = graph_size + (graph.before.size if graph.before is not None else 0)
             self._count_graphs(kept, graph_size)
             self._with_graphs.append(me)
         elif kept.stages is not None:
@@ -352,6 +351,11 @@ class Checkpoints:
             pass
         else:
             self._refuse(self.working + self.used)
+
+    def drop_graphs(self) -> None:
+        """Keep the states of stages instead of all graphs so far."""
+        while (kept := _oldest(self._with_graphs)) is not None:
+            self._drop_graph(kept)
 
     def _drop_graph(self, kept: Kept) -> None:
         """Keep the states of its stages instead."""

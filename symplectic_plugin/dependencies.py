@@ -56,8 +56,6 @@ class Held:
             except Exception:  # an object that does not let itself be looked into
                 continue
             queue.extend([part for part in parts if not _is_hollow(part)])
-        for holder in self._holders:
-            holder.let_go()
         statistics = {id(buffer) for norm in self._norms for buffer in norm._buffers.values()}
         self._versions = [(x, x._version) for x in self.frozen if id(x) not in statistics]
 
@@ -75,7 +73,10 @@ class Held:
         return parts
 
     def settle(self) -> None:
-        """Once f has been at work: what has changed since is what it changes by itself, which is not put back."""
+        """Once f has been at work: what has changed since is what it changes by itself, which is not put back.
+
+        Until then all that it held is kept alive.
+        """
         if self._settled:
             return
         self._settled = True
@@ -120,9 +121,11 @@ class _Holder:
         self._strong: dict[Any, Any] = {}
         self._weak: dict[Any, weakref.ref[Any]] = {}
 
-    def let_go(self) -> None:
-        """Keep of the contents what can be kept without keeping graphs alive."""
+    def settle(self) -> None:
+        """Keep of the contents what is still there, and can be kept without keeping graphs alive."""
         for key, value in self.contents.items():
+            if self.get(key) is not value:
+                continue
             if type(value) in _PLAIN:
                 self._strong[key] = value
                 continue
@@ -170,12 +173,6 @@ class _Holder:
             if (value := kept()) is not None and get(key) is not value:
                 differences[key] = value
         return differences
-
-    def settle(self) -> None:
-        """Forget what is not there any more."""
-        for key in self.differences():
-            self._strong.pop(key, None)
-            self._weak.pop(key, None)
 
 
 def _put_back(mapping: dict[Any, Any], values: Mapping[Any, Any]) -> None:

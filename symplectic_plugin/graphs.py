@@ -133,7 +133,7 @@ def is_alive(tensor: Tensor) -> bool:
     (A model that keeps its last solution must not have it become a dependency of the next one.)
     """
     for node, leaf, _ in history(tensor):
-        if node.name().startswith("_Recorded"):
+        if node.name().startswith("_Recorded") or (type(node) in _solve_ends and _IS_SOLVE in node.metadata):
             return False
         if leaf is None:
             try:
@@ -141,6 +141,17 @@ def is_alive(tensor: Tensor) -> bool:
             except RuntimeError:
                 return False
     return True
+
+
+def mark_as_solve(solution: Tensor) -> None:
+    """Have the history of a solve's solution known for what it is."""
+    node: Any = solution.grad_fn
+    _solve_ends.add(type(node))
+    node.metadata[_IS_SOLVE] = True
+
+
+_IS_SOLVE = "symplectic_adjoint: end of a solve"
+_solve_ends: set[type] = set()
 
 
 def depends_on_another(tensor: Tensor, others: Iterable[Tensor]) -> bool:
@@ -164,8 +175,10 @@ def saved_storages(value: Tensor, start: Any = None) -> dict[int, int]:
     if value.grad_fn is None:
         return storages
     for node, leaf, _ in history(value, start):
+        if leaf is not None:
+            continue
         try:
-            saved = [] if leaf is not None else _saved(node)
+            saved = _saved(node)
         except RuntimeError:  # changed in place, and so of no use: autograd will say so if it is gone back through
             continue
         for tensor in _tensors(saved):

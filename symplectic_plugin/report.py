@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass
@@ -27,7 +27,10 @@ class SolveReport:
         policy: the option `checkpoint`.
         kept: what the policy chose to keep, when the forward pass ended.
         forward_seconds, backward_seconds: wall-clock times.
+        is_seen: whether a profile holds it.
     """
+
+    is_seen: ClassVar[bool] = False
 
     host: str = ""
     method: str = ""
@@ -108,6 +111,7 @@ def new_report(host: str, method: str, policy: str) -> SolveReport:
     report = SolveReport(host, method, policy=policy)
     for taken in _active:
         taken.solves.append(report)
+        report.is_seen = True  # type: ignore[misc]
     return report
 
 

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cotangents import CotangentSums
-from .graphs import vjp
+from .cotangents import CotangentSums, StandIns
+from .graphs import nodes_between, vjp
 from .runge_kutta import combined
 from .tableau import ButcherTableau
 from .vector_field import Evaluation, Keywords, VectorField
+
+_NONE = StandIns()
 
 
 class StepGraph:
@@ -31,9 +33,14 @@ class StepGraph:
     Attributes:
         origin: the state at the start, as the stages are made of it.
         leaf: where the graph ends: in the state at the start of the first of the steps that go on from each other.
+        index: how many steps there are from that to this one.
+        stand_ins: what takes the place of dependencies in it; None if it leads to these, and behind the initial state,
+            so that it can't be gone back through by itself.
         stages: the states of the stages.
         slopes: the slopes.
-        first: the evaluation that gave the slope at the start, if that is neither of this step nor another's last one.
+        first_slope: the slope at the start, if the graph ends in that too.
+        nodes: how many nodes each evaluation in it made.
+        size: the bytes that it keeps, with the steps that it goes on from, once they have been counted.
     """
 
     def __init__(
@@ -49,18 +56,24 @@ class StepGraph:
         self.tableau = tableau
         self.h = h
         self.before = before
+        self.size = 0
         self.leaf: Tensor
         self.index: int
+        self.stand_ins: StandIns | None
         self._end: Tensor | None = None
         self._moved: Tensor | None = None
         self.stages: list[Tensor] = []
         self.slopes: list[Tensor] = []
+        self.nodes: list[int] = []
         self.first_slope: Tensor | None = None
-        self.first: Evaluation | None = None
         if before is not None:
             self.leaf, self.origin, self.index = before.leaf, before.end, before.index + 1
+            self.stand_ins = before.stand_ins
+            if first_slope is not None:
+                self.stages, self.slopes = [self.origin], [before.slopes[-1]]
             return
         self.index = 0
+        self.stand_ins = field.stand_ins
         with torch.enable_grad():
             self.leaf = start.detach().requires_grad_()
             self.origin = self.leaf.view_as(self.leaf)
@@ -69,29 +82,39 @@ class StepGraph:
             self.stages.append(self.origin)
             self.slopes.append(self.first_slope)
 
-    def take(self, evaluation: Evaluation) -> None:
-        """Take the evaluation that discovered what f depends on for that of the first stage."""
-        self.leaf, self.origin = evaluation.leaf, evaluation.argument
-        self.stages, self.slopes = [evaluation.argument], [evaluation.slope]
+    def take(self, evaluation: Evaluation, stand_ins: StandIns | None) -> None:
+        """Take an evaluation that was made already for that of the first stage.
 
-    def evaluate(self, t: Tensor, state: Tensor | None, keywords: Keywords) -> Tensor:
+        Args:
+            evaluation: f at the step's start.
+            stand_ins: what takes the place of dependencies in it.
+        """
+        self.leaf, self.origin, self.stand_ins, self.first_slope = evaluation.leaf, evaluation.argument, stand_ins, None
+        self.stages, self.slopes, self.nodes = [evaluation.argument], [evaluation.slope], [evaluation.nodes]
+
+    def evaluate(self, t: Tensor, state: Tensor, keywords: Keywords) -> Tensor:
         """The slope of the next stage, returned without its graph.
 
         Args:
             t: time, a tensor that nobody changes.
-            state: the stage as the host has computed it, None to have it computed here.
+            state: the stage as the host has computed it.
             keywords: passed on to f.
         """
-        i = len(self.slopes)
         with torch.enable_grad():
-            stage = combined(self.origin, self.tableau.numbers[0][i], self.slopes, self.h)
-            if i and state is not None:
-                stage = stage.clone() if stage is self.origin else stage
-                stage.data.copy_(state)  # as the host rounds it; no node has saved it yet
-            slope = self.field.evaluate(t, stage, keywords, self.field.stand_ins)
+            self.add_stage(t, state, keywords)
+        return self.slopes[-1].detach()
+
+    def add_stage(self, t: Tensor, state: Tensor | None, keywords: Keywords) -> None:
+        """Evaluate the slope of the next stage, where grad is enabled; the stage is computed here without a state."""
+        i = len(self.slopes)
+        stage = combined(self.origin, self.tableau.numbers[0][i], self.slopes, self.h)
+        if i and state is not None:
+            stage = stage.clone() if stage is self.origin else stage
+            stage.data.copy_(state)  # as the host rounds it; no node has saved it yet
+        slope = self.field.evaluate(t, stage, keywords, self.stand_ins or _NONE)
         self.stages.append(stage)
         self.slopes.append(slope)
-        return slope.detach()
+        self.nodes.append(nodes_between(stage, slope))
 
     @property
     def moved(self) -> Tensor:
@@ -111,6 +134,11 @@ class StepGraph:
                 with torch.enable_grad():
                     self._end = self.origin + self.moved
         return self._end
+
+    def end_as(self, state: Tensor) -> None:
+        """Have the state at its end with the values that the host has computed."""
+        if self.end is not self.stages[-1]:
+            self.end.data.copy_(state)  # no node has saved it yet
 
     def pull(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], sums: CotangentSums, keep_graph: bool
@@ -134,16 +162,8 @@ class StepGraph:
         sums.add(grads[len(leaves) :])
         return grads[0], None if self.first_slope is None else grads[1]
 
-    def evaluations(self) -> list[Evaluation]:
-        """Those in it."""
-        evaluated = zip(self.stages, self.slopes, strict=True)
-        return [_evaluation(stage, slope) for stage, slope in evaluated if slope is not self.first_slope]
-
     @property
     def latest(self) -> Evaluation:
-        """The latest of them."""
-        return _evaluation(self.stages[-1], self.slopes[-1])
-
-
-def _evaluation(stage: Tensor, slope: Tensor) -> Evaluation:
-    return Evaluation(stage, stage, stage, {}, slope)
+        """The latest evaluation in it."""
+        stage, slope = self.stages[-1], self.slopes[-1]
+        return Evaluation(stage, stage, stage, {}, slope)

@@ -150,8 +150,6 @@ class _StepBack:
         self.sums = sums
         self.given = given
         self.keep = keep
-        # Graphs of the forward pass end in the leaves that stood in for dependencies then.
-        self.graphs_hold = sums.stand_ins is field.stand_ins
         dense, tableau = trajectory.dense, trajectory.tableau
         self.theta = self.weights = self.device_weights = _NO_OUTPUTS
         self.derivatives = _NO_OUTPUTS if want_times else None
@@ -161,10 +159,7 @@ class _StepBack:
             self.weights = dense.weights(self.theta)
             self.device_weights = self.weights.to(given)
             self.derivatives = dense.derivatives(self.theta) if want_times else None
-            # Whether an output is the state at a step's end and no more.
-            s, b = tableau.stages, tableau.b
-            ends = (self.weights[:, :s] == b).all(1) & (self.weights[:, s:] == 0).all(1)
-            self.is_end = (ends & (not want_times)).tolist()
+            self.is_end = [is_end and not want_times for is_end in trajectory.ends()]
         self.retaker = Retaker(trajectory, field)
         self.with_end = tableau.with_end_stage() if dense.end_stage else tableau
         self.following = trajectory.end
@@ -283,9 +278,10 @@ class _StepBack:
         trajectory, field, report = self.trajectory, self.field, self.field.report
         steps, places = trajectory.steps, trajectory.outputs
         graph = trajectory.kept[n].graph
-        if graph is None or not self.graphs_hold or self.derivatives is not None:
+        # It ends in the leaves that stood in for dependencies then.
+        if graph is None or graph.stand_ins is not self.sums.stand_ins or self.derivatives is not None:
             return None
-        first = n - graph.index
+        first, evaluated = n - graph.index, 0
         outputs, cotangents = [graph.end], [adjoint]
 
         def add(output: Tensor, cotangent: Tensor) -> None:
@@ -299,6 +295,7 @@ class _StepBack:
         for j in range(n, first - 1, -1):
             graph = trajectory.kept[j].graph
             assert graph is not None
+            evaluated += len(graph.nodes)
             while end > 0 and places[end - 1][0] == j and self.is_end[end - 1]:
                 add(graph.end, self.given[end])
                 end -= 1
@@ -318,18 +315,16 @@ class _StepBack:
             return None
         of_state, of_slope = pulled
         before = torch.zeros_like(adjoint) if of_state is None else of_state
-        report.vjps += (n + 1 - first) * len(graph.slopes) - (graph.first_slope is not None)
+        report.vjps += evaluated
         self.following = None if trajectory.kept[first].previous is None else graph.leaf.detach()
-        if of_slope is None or steps[n].slope_handed_on:
+        if of_slope is None or steps[first].slope_handed_on:
             return first, end, before, of_slope
         # The first slope was evaluated outside the step, at its start.
-        evaluation = graph.first
-        if evaluation is None:
-            if (draw := steps[n].draws_before(0)) is not None:
-                field.generators.set(draw)
-            t, keywords = self.retaker.stage_times(n)[0], steps[n].first_keywords
-            evaluation = field.differentiable(t, graph.leaf, keywords, False, self.sums.stand_ins)
-            report.recomputed += 1
+        if (draw := steps[first].draws_before(0)) is not None:
+            field.generators.set(draw)
+        t, keywords = self.retaker.stage_times(first)[0], steps[first].first_keywords
+        evaluation = field.differentiable(t, graph.leaf, keywords, False, self.sums.stand_ins)
+        report.recomputed += 1
         product, _ = field.vjp(evaluation, of_slope, self.sums, False, self.keep)
         return first, end, before if product is None else before + product, None
 

@@ -70,6 +70,19 @@ class DenseOutput(ABC):
     def weights(self, theta: Tensor) -> Tensor:
         """b_i(theta), shape (m, s), for theta of shape (m,), both float64 on the CPU."""
 
+    def is_end(self, b: Tensor) -> bool:
+        """Whether it is the state at the step's end and no more, at theta = 1.
+
+        Args:
+            b: the method's weights.
+        """
+        if self._is_end is None:
+            (weights,) = self.weights(torch.ones(1, dtype=torch.float64))
+            self._is_end = bool((weights[: len(b)] == b).all() and (weights[len(b) :] == 0).all())
+        return self._is_end
+
+    _is_end: bool | None = None
+
     def derivatives(self, theta: Tensor) -> Tensor:
         """db_i/dtheta, of the same shape."""
         with torch.enable_grad():
@@ -133,6 +146,11 @@ class Trajectory:
     def end(self) -> Tensor | None:
         """The state at the end of the last step, if it is known."""
         return self.kept[-1].end if self.kept else None
+
+    def ends(self) -> list[bool]:
+        """Whether each output but the initial state is the state at a step's end and no more."""
+        at_end = self.dense.is_end(self.tableau.b)
+        return [at_end and theta == 1 for _, theta in self.outputs]
 
     @property
     def keeps_slope(self) -> bool:

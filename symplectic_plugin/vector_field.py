@@ -30,6 +30,7 @@ from .report import SolveReport
 
 Keywords = Mapping[str, Any]
 
+_NOTHING_HELD = Held(None)
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -38,7 +39,7 @@ class Evaluation:
     """One evaluation of f, with its graph.
 
     Args:
-        leaf: the state, where the graph ends.
+        leaf: the state, where the graph ends, or where that of the state begins.
         time: the time, where the graph ends if a gradient of times is wanted.
         argument: the state as f was handed it.
         keywords: what else f was handed.
@@ -103,10 +104,10 @@ class VectorField:
         self.rounding = 0.0
         self.generators = Generators(device)
         self.stand_ins = StandIns()
-        self._accumulators: set[Any] = set()
+        self._accumulators: set[Any] | None = None
         self._lasting: set[int] = set()
         self._only = only
-        self._held = Held(None)
+        self._held = _NOTHING_HELD
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in {"cpu", device.type}
@@ -115,8 +116,14 @@ class VectorField:
         self._leaves = {id(tensor) for tensor in self.dependencies if tensor.is_leaf}
         self._edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
 
-    def discover(self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool = False) -> Evaluation:
+    def discover(
+        self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool = False, with_history: bool = False
+    ) -> Evaluation:
         """Evaluate f with a graph: take what it is seen to depend on and what it holds into `dependencies`.
+
+        Args:
+            t, x, keywords, want_time: as for `differentiable`.
+            with_history: whether the graph is to go on behind the state, instead of ending in it.
 
         Returns:
             The evaluation.
@@ -135,7 +142,7 @@ class VectorField:
         stops = self._edges | edges.keys()
         before = self.generators.states()
         t = t.detach().clone()  # the caller's may be changed in place
-        evaluation = self.differentiable(t, x, keywords, want_time)
+        evaluation = self.differentiable(t, x, keywords, want_time, with_history=with_history)
         slope = evaluation.slope
         self.draws = not self.generators.are_at(before)
         self.rounding = max(self.rounding, _precision(x.dtype))
@@ -156,7 +163,6 @@ class VectorField:
         self._take([*others, *referenced(found.leaves)], self._leaves, id)
         self._take([edges[edge] for edge in found.edges - self._edges], self._edges, edge_of)
         used = len(self.dependencies)
-        self._accumulators = {accumulator(tensor) for tensor in self.dependencies if tensor.is_leaf}
         # What it holds it may use at other times. Not what only a hook would notice, nor what has lost its graph.
         spare = [tensor for tensor in held_leaves if not has_hooks(tensor)]
         self._take(spare, self._leaves, id)
@@ -244,7 +250,13 @@ class VectorField:
             return self._checked(self.function(t.detach(), x.detach(), **keywords), x).detach()
 
     def differentiable(
-        self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool, stand_ins: StandIns | None = None
+        self,
+        t: Tensor,
+        x: Tensor,
+        keywords: Keywords,
+        want_time: bool,
+        stand_ins: StandIns | None = None,
+        with_history: bool = False,
     ) -> Evaluation:
         """The slope f(t, x) with a graph of its own, which ends in the state, the time and the dependencies.
 
@@ -254,11 +266,14 @@ class VectorField:
             keywords: passed on to f.
             want_time: whether the product with df/dt will be needed.
             stand_ins: what takes the place of dependencies: by default what was found to when f was discovered.
+            with_history: whether the graph is to go on behind the state, if that has a history.
         """
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
+            leaf = x if with_history and x.requires_grad else x.detach().requires_grad_()
             # A view, whose node is older than all that f makes.
             argument = leaf.view_as(leaf)
+            if leaf is x:
+                leaf = argument
             if want_time:
                 t = t.detach().clone().requires_grad_()
             slope = self.evaluate(t, argument, keywords, self.stand_ins if stand_ins is None else stand_ins)
@@ -335,6 +350,9 @@ class VectorField:
             RuntimeError: if they have a tensor that was to be replaced by its stand-in.
         """
         replaced = sums.stand_ins.replaced
+        if self._accumulators is None:
+            used = self.dependencies[: len(self.dependencies) - self.spare]
+            self._accumulators = {accumulator(tensor) for tensor in used if tensor.is_leaf and tensor.requires_grad}
         found = graph_inputs(outputs, start, self._edges, () if sums.stand_ins else self._accumulators)
         if replaced and (not replaced.isdisjoint(found.edges) or not replaced.isdisjoint(map(id, found.leaves))):
             raise RuntimeError(

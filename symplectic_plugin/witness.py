@@ -38,6 +38,27 @@ def refuse_batches(cotangents: Sequence[Tensor | None]) -> None:
         )
 
 
+class Addresses:
+    """Where the values of tensors are: setting `.data` moves them, and autograd does not see it.
+
+    Args:
+        tensors: the tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._addresses = [_address(tensor) for tensor in tensors]
+
+    def require_same(self) -> None:
+        """Refuse to have moved.
+
+        Raises:
+            RuntimeError: if one was.
+        """
+        if self._addresses != [_address(tensor) for tensor in self._tensors]:
+            raise RuntimeError(_CHANGED.format("was given other memory (its .data was set, or it was moved)"))
+
+
 class Witness:
     """Sees to it that the backward pass finds the vector field as the forward pass left it.
 
@@ -55,7 +76,7 @@ class Witness:
         used = len(field.dependencies) - field.spare
         self.saved = field.dependencies[:used]
         self._spare = field.dependencies[used:]
-        self._addresses = [_address(tensor) for tensor in field.dependencies]
+        self._addresses = Addresses(self.saved)
         self._versions = [tensor._version for tensor in self._spare]
 
     @contextlib.contextmanager
@@ -71,8 +92,7 @@ class Witness:
         sums = CotangentSums(field.dependencies, needed, stand_ins)
         draws = field.generators.kept() if field.draws else contextlib.nullcontext()
         with without_autocast(device), draws, field.restored():
-            if self._addresses[: len(self.saved)] != [_address(tensor) for tensor in self.saved]:
-                raise RuntimeError(_CHANGED.format("was given other memory (its .data was set, or it was moved)"))
+            self._addresses.require_same()
             yield sums
         used = sums.used()[len(self.saved) :]
         for tensor, version, is_used in zip(self._spare, self._versions, used, strict=True):

@@ -67,6 +67,7 @@ def test_what_was_given_up_is_put_back_for_as_long() -> None:
     first, second = torch.zeros(2), torch.ones(2)
     module.context, module.contexts = first, [first]
     field = Held(lambda t, x: module(x) + module.context)
+    field.settle()
     module.context, module.contexts[0] = second, second
     module.eval()
     with field.restored():

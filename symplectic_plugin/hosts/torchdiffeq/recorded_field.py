@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb, _PerturbFunc
 
+from ...cotangents import StandIns
 from ...randomness import GeneratorStates
 from ...runge_kutta import combined
 from ...step_graph import StepGraph
@@ -49,13 +50,14 @@ class RecordedField:
         self.draws: GeneratorStates | None = None
         self.last_draw: GeneratorStates | None = None
         self.first_draw: GeneratorStates | None = None
+        # Whether the graphs of all steps are to be one, which goes on behind the initial state.
+        self.whole = False
         # The evaluation that gave the solve's first slope; the states of this step's stages, how many it will evaluate,
         # and its graph, if that is to be kept.
         self.first: Evaluation | None = None
         self.stages: list[Any] = []
         self.expected = 0
         self.graph: StepGraph | None = None
-        self.latest_stage: Tensor | None = None
         self.has_room_for: Callable[[StepGraph], bool] = lambda graph: True
 
     def begin_step(self, evaluations: int, graph: StepGraph | None) -> None:
@@ -82,37 +84,54 @@ class RecordedField:
     def take_step(self, tableau: ButcherTableau, step: Step, times: Sequence[Tensor], keywords: Any, y: Tensor) -> Any:
         """What a step that has begun adds to the state y, and its first slope; its stages are computed here."""
         a, b = tableau.numbers
+        stages = list(zip(times, a, keywords, strict=False))  # there may be one more time
         slopes: list[Tensor] = []
-        for t, row, of_stage in zip(times, a, keywords, strict=False):  # there may be one more time
-            stage = combined(y, row, slopes, step.h) if self.graph is None or not slopes else None
+        if self.on_discovery is not None:
+            slopes.append(self._evaluate(times[0], y, keywords[0], True))
+            self.stages.append(y)
+        if (graph := self.graph) is not None:
+            with torch.enable_grad():
+                for t, _, of_stage in stages[len(slopes) :]:
+                    self._count()
+                    graph.add_stage(t, None, of_stage)
+                    if not self.has_room_for(graph):
+                        self.graph = None
+                        break
+            if self.graph is not None:
+                return graph.moved.detach(), graph.slopes[0].detach()
+            slopes, self.stages = ([x.detach() for x in of] for of in (graph.slopes, graph.stages))
+        for t, row, of_stage in stages[len(slopes) :]:
+            stage = combined(y, row, slopes, step.h)
             slopes.append(self._evaluate(t, stage, of_stage, True))
-            self.stages.append(self.latest_stage if stage is None else stage)
-        moved = combined(None, b, slopes, step.h) if self.graph is None else self.graph.moved.detach()
-        return moved, slopes[0]
+            self.stages.append(stage)
+        return combined(None, b, slopes, step.h), slopes[0]
 
-    def _evaluate(self, t: Tensor, y: Tensor | None, keywords: Keywords, in_step: bool) -> Tensor:
+    def _count(self) -> None:
+        """Note that f is about to be evaluated."""
         field = self.field
         field.report.evaluations += 1
-        if self.on_discovery is not None:
-            assert y is not None
-            return self._discover(t, y, keywords, in_step)
         if field.draws:
             self.last_draw = field.generators.states()
             self.draws = self.draws or self.last_draw
+
+    def _evaluate(self, t: Tensor, y: Tensor, keywords: Keywords, in_step: bool) -> Tensor:
+        self._count()
+        if self.on_discovery is not None:
+            return self._discover(t, y, keywords, in_step)
         if in_step and self.graph is not None:
             slope = self.graph.evaluate(t, y, keywords)
-            self.latest_stage = self.graph.stages[-1].detach()
             if not self.has_room_for(self.graph):
                 self.graph = None
             return slope
-        assert y is not None
-        return field(t, y, keywords)
+        return self.field(t, y, keywords)
 
     def _discover(self, t: Tensor, y: Tensor, keywords: Keywords, in_step: bool) -> Tensor:
         assert self.on_discovery is not None
         begin, self.on_discovery = self.on_discovery, None
         before = self.field.generators.states()
-        evaluation = self.field.discover(t, y, keywords, self.want_time)
+        self.whole = self.whole and y.shape == self.initial.shape and y.data_ptr() == self.initial.data_ptr()
+        y = self.initial if self.whole else y
+        evaluation = self.field.discover(t, y, keywords, self.want_time, self.whole)
         if self.field.draws:
             self.first_draw = self.last_draw = self.draws = before
         slope = evaluation.slope
@@ -121,11 +140,19 @@ class RecordedField:
                 f"symplectic_adjoint: func returned {slope.dtype} for a state of {y.dtype}: return the state's dtype, "
                 "or give y0 in the wider one"
             )
-        wanted = begin(evaluation) and not self.field.stand_ins
-        if in_step:
-            self.graph = self.graph if wanted else None
-            if self.graph is not None:
-                self.graph.take(evaluation)
-        elif wanted:
+        if not begin(evaluation) or (self._stand_ins_in(evaluation) is None and not self.whole):
+            self.graph = None
+        elif not in_step:
             self.first = evaluation
+        elif self.graph is not None:
+            self.take_first(self.graph, evaluation)
         return slope.detach()
+
+    def take_first(self, graph: StepGraph, evaluation: Evaluation) -> None:
+        """Have the graph of the first step begin with the first evaluation."""
+        graph.take(evaluation, self._stand_ins_in(evaluation))
+
+    def _stand_ins_in(self, evaluation: Evaluation) -> StandIns | None:
+        """What takes the place of dependencies in the first evaluation, as for `StepGraph`."""
+        ends = evaluation.leaf.is_leaf and not self.field.stand_ins
+        return self.field.stand_ins if ends else None

@@ -30,7 +30,7 @@ from .recorded_field import RecordedField
 from .times import GridTimes, StageTimes, StartingTime
 
 _CHUNK = 64
-"""For how many steps the stages' times are made at once, and graphs go on from each other."""
+"""For how many steps the stages' times are made at once."""
 
 
 class _Method(NamedTuple):
@@ -61,6 +61,7 @@ class _Recorder(ABC):
 
     base: Any
     trajectory: Trajectory | None = None
+    is_own = True
     checkpoints: Checkpoints
     func: RecordedField
     y0: Tensor
@@ -112,14 +113,19 @@ class _Recorder(ABC):
         self._evaluations = tableau.stages - (1 if handed_on else 0)
         self._planned = steps
         slope_kept = self.trajectory.keeps_slope
+        # Outputs may be made of slopes that are in no graph.
+        may_link = self.is_own and not dense.end_stage
+        self.func.whole = may_link and checkpoints.storage.on_device and self._wants_graph()
 
         def begin(evaluation: Evaluation) -> bool:
             solving = self.discovered(evaluation)
             slopes_kept = slope_kept or (handed_on and field.draws)
             checkpoints.measure(field, evaluation, self.y0, tableau.stages, slopes_kept, outputs, steps, solving)
             # Within a graph autograd sums in the parameters' precision: of half precision that is to be no long sum.
-            self._links_graphs = all(tensor.element_size() >= 4 for tensor in field.dependencies)
-            return self._wants_graph()
+            self._links_graphs = may_link and all(tensor.element_size() >= 4 for tensor in field.dependencies)
+            wanted = self._wants_graph()
+            self.func.whole = self.func.whole and wanted and self._links_graphs and not field.left_out
+            return wanted
 
         self.func.on_discovery = begin
         self.func.has_room_for = checkpoints.has_room_for
@@ -144,20 +150,35 @@ class _Recorder(ABC):
         remaining = 0 if self._planned is None else self._planned - len(self.trajectory.steps) - 1
         return self.checkpoints.wants_graphs(self._evaluations, remaining)
 
-    def begin_step(self, start: Tensor, first_slope: Tensor | None, h: Any, before: StepGraph | None = None) -> None:
+    def begin_step(self, start: Tensor, first_slope: Tensor | None, h: Any, follows: bool) -> None:
         """Begin a step, or another attempt at it.
 
         Args:
             start: the state at its start.
             first_slope: the slope there, if it is not evaluated in the step.
             h: its size, None if that is not known yet.
-            before: a graph for the step's to go on from, if there is to be one.
+            follows: whether the state is where the step before ended, and the slope the last one of that.
         """
-        if self.trajectory is not None:
-            graph = None
-            if h is not None and self._wants_graph():
-                graph = StepGraph(self.func.field, self.trajectory.tableau, start, float(h), first_slope, before)
-            self.func.begin_step(self._evaluations, graph)
+        if (trajectory := self.trajectory) is None:
+            return
+        func, graph = self.func, None
+        if h is not None and self._wants_graph():
+            before = self._graph_before() if follows else None
+            graph = StepGraph(func.field, trajectory.tableau, start, float(h), first_slope, before)
+            if first_slope is not None and before is not None:
+                before.end_as(start)
+            elif first_slope is not None and func.first is not None:
+                func.take_first(graph, func.first)
+        func.begin_step(self._evaluations, graph)
+
+    def _graph_before(self) -> StepGraph | None:
+        """The graph of the step before, if this step's is to go on from it."""
+        assert self.trajectory is not None
+        graph = self.trajectory.kept[-1].graph
+        if graph is None or not self._links_graphs:
+            return None
+        # Where it is known how many steps there will be, the graphs of all of them fit.
+        return graph if self._planned is not None or self.checkpoints.may_go_on(graph) else None
 
     def note(self, step: Step, state: Tensor, slope: Tensor | None, follows: bool = True) -> None:
         """Add an accepted step to the trajectory, with the state at its start and, if it has to be kept, the slope.
@@ -172,8 +193,9 @@ class _Recorder(ABC):
         assert trajectory is not None
         stages: list[Tensor] | None = None
         graph, size = func.graph, 0
+        if func.whole and (graph is None or (graph.before is None and trajectory.kept)):
+            self._give_up_whole_graph()
         if graph is not None:
-            graph.first = None if step.slope_handed_on else func.first
             state = state if graph.before is None else graph.origin.detach()  # the same, which the graph has anyway
             size = checkpoints.size_of(graph)
         elif checkpoints.wants_stages() and step.draws is None:  # else they must be evaluated again, in the same order
@@ -185,19 +207,33 @@ class _Recorder(ABC):
         trajectory.kept.append(kept)
         checkpoints.add(kept, size, step.draws_size)
 
+    def _give_up_whole_graph(self) -> None:
+        """The graphs of all steps are not to be one after all."""
+        assert self.trajectory is not None
+        self.func.whole, kept = False, self.trajectory.kept
+        if kept and kept[-1].graph is not None and kept[-1].graph.stand_ins is None:
+            self.checkpoints.drop_graphs()
+
+    def is_whole(self, trajectory: Trajectory) -> bool:
+        """Whether the graphs of all steps of a solve are one."""
+        return self.func.whole and bool(trajectory.kept) and trajectory.kept[-1].graph is not None
+
     def places(self, times: Tensor) -> list[tuple[int, float]]:
         """The step that each output after the first is made from, the first one to reach it, and its place there."""
         assert self.trajectory is not None
         self.read_times()
         steps = self.trajectory.steps
         ends = [step.t1 for step in steps]
-        in_step = [bisect.bisect_left(ends, t) for t in times.tolist()[1:]]
+        outputs = times.tolist()[1:]
+        in_step = [bisect.bisect_left(ends, t) for t in outputs]
         for n, following in itertools.pairwise(in_step):
             if n == following and self.trajectory.dense.end_stage and steps[n].draws is not None:
                 raise RuntimeError(
                     "symplectic_adjoint: func draws random numbers, and interp='cubic' evaluates it anew for each "
                     "output time: with several in one step there is no gradient. Use interp='linear' or smaller steps"
                 )
+        if all(ends[n] == t for n, t in zip(in_step, outputs, strict=True)):
+            return [(n, 1.0) for n in in_step]
         return self._thetas(in_step, times[1:])
 
     def place_of_event(self, t: Tensor) -> list[tuple[int, float]]:
@@ -273,7 +309,8 @@ class Adaptive(_Recorder):
     def _adaptive_step(self, rk_state: Any) -> Any:
         # Where a step may be cut short, its size is not known yet.
         uncut = self.trajectory is not None and not len(self.step_t) and not len(self.jump_t)
-        self.begin_step(rk_state.y1, rk_state.f1, self._proposed_size(rk_state.dt) if uncut else None)
+        size = self._proposed_size(rk_state.dt) if uncut else None
+        self.begin_step(rk_state.y1, rk_state.f1, size, self._slope_handed_on)
         before = rk_state.y1.clone() if self._has_callback and self.trajectory is not None else None
         new = self.host_step(rk_state)
         if before is not None and not torch.equal(before, rk_state.y1):
@@ -373,7 +410,7 @@ class FixedGrid(_Recorder):
         self._grid: list[Step] | None = None
         self._stage_times: Iterator[Sequence[Tensor]] | None = None
         # Of torchdiffeq's own steps nothing but the tableau matters; a user's may do something besides.
-        self._is_own = type(self).base.__module__.startswith("torchdiffeq.")
+        self.is_own = type(self).base.__module__.startswith("torchdiffeq.")
         self._has_callback = self.has_callbacks("callback_step")
         if not recorded:
             return StartingTime(t)
@@ -392,7 +429,7 @@ class FixedGrid(_Recorder):
 
     def step_alone(self, method: _Method, dtype: torch.dtype) -> TakeStep:
         """torchdiffeq's step without its loop over the grid."""
-        if self._is_own:
+        if self.is_own:
             return functools.partial(_explicit_step, method)
         solver, base, device = copy.copy(self), type(self).base, self.y0.device
         vars(solver).update(func=None, y0=None, trajectory=None, checkpoints=None)
@@ -416,16 +453,6 @@ class FixedGrid(_Recorder):
         """Whether the state at a step's start is where the step before ended: a callback may have changed it."""
         return not self._has_callback or torch.equal(y0, self.end_state())
 
-    def _graph_before(self) -> StepGraph | None:
-        """The graph of the step before, if this step's is to go on from it: once the rest is known to fit."""
-        trajectory = self.trajectory
-        if trajectory is None or not self._is_own or self._grid is None:
-            return None
-        graph = trajectory.kept[-1].graph
-        if graph is None or not self._links_graphs or graph.index + 1 == _CHUNK:
-            return None
-        return None if trajectory.dense.end_stage else graph  # outputs are made of slopes that are not in it
-
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
         if (trajectory := self.trajectory) is None:
             return super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
@@ -434,8 +461,8 @@ class FixedGrid(_Recorder):
         else:
             step = self._grid[len(trajectory.steps)]
         follows = bool(trajectory.kept) and self._follows(y0)
-        self.begin_step(y0, None, step.h, self._graph_before() if follows else None)
-        if self._is_own:
+        self.begin_step(y0, None, step.h, follows)
+        if self.is_own:
             times = trajectory.stage_times([step])[0] if self._stage_times is None else next(self._stage_times)
             result = self.func.take_step(trajectory.tableau, step, times, trajectory.keywords, y0)
         else:

@@ -19,6 +19,7 @@ from ...report import new_report
 from ...saved import hooks_are_active
 from ...storage import storage
 from ...vector_field import VectorField
+from ...whole_graph import with_graph
 from ...witness import refuse_transforms
 from . import adjoint, implicit
 from .methods import base_solver, is_one_step, solvers
@@ -180,4 +181,7 @@ class SymplecticAdjoint:
                 stacklevel=5,
             )
         trajectory = self.base.finish(places)
+        if self.base.is_whole(trajectory):
+            needed = any(tensor.requires_grad for tensor in (self.y0, *self.field.dependencies))
+            return with_graph(solution, trajectory, self.field) if needed else solution
         return attach(solution, trajectory, self.field, self.y0, times.inputs, times)

@@ -450,7 +450,7 @@ class _Evaluations:
         solve.checkpoints.measure(field, evaluation, argument, solve.tableau.stages, field.draws, outputs=2)
         wanted = not field.stand_ins and solve.checkpoints.wants_graphs(solve.tableau.stages)
         if self.graph is not None and wanted and not self.graph.slopes:
-            self.graph.take(evaluation)
+            self.graph.take(evaluation, field.stand_ins)
         else:
             self.graph = None
         return evaluation.slope.detach()

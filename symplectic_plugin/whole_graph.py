@@ -1,0 +1,86 @@
+"""A solve whose steps' graphs were all kept, going on from each other: its outputs as functions of the initial state.
+
+That is backpropagation: there is nothing between it and autograd, neither the adjoint sweep nor what that relies on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .graphs import mark_as_solve
+from .report import SolveReport
+from .step_graph import StepGraph
+from .trajectory import Trajectory
+from .vector_field import VectorField
+from .witness import Addresses, without_autocast
+
+
+def with_graph(solution: Tensor, trajectory: Trajectory, field: VectorField) -> Tensor:
+    """A solution with the graph of its steps.
+
+    Args:
+        solution: the outputs, shape (M + 1, *state), without a graph.
+        trajectory: the solve that they are of, one step at least, each step's graph going on from the one before.
+        field: its vector field, with its dependencies discovered.
+
+    Returns:
+        The same values, with their graph.
+    """
+    graphs = [kept.graph for kept in trajectory.kept if kept.graph is not None]
+    origin: Any = graphs[0].origin
+    places, ends = trajectory.outputs, trajectory.ends()
+    with torch.enable_grad(), without_autocast(field.device):
+        outputs = [origin.unsqueeze(0)]
+        for (n, is_end), group in itertools.groupby(range(len(places)), lambda m: (places[m][0], ends[m])):
+            thetas = [places[m][1] for m in group]
+            if is_end or n < 0:  # or an event that is met at once
+                outputs += [(graphs[n].end if is_end else origin).unsqueeze(0)] * len(thetas)
+            else:
+                outputs.append(_inside(graphs[n], trajectory.dense.weights(torch.tensor(thetas, dtype=torch.float64))))
+        result = torch.cat(outputs)
+    result.data.copy_(solution)  # as the host rounds it; no node has saved it
+    mark_as_solve(result)
+    _Watch(field, sum(len(graph.nodes) for graph in graphs)).over(result.grad_fn, origin.grad_fn)
+    return result
+
+
+def _inside(graph: StepGraph, weights: Tensor) -> Tensor:
+    """x_n + h sum_i w_mi k_i for the weights w, shape (m, s): shape (m, *state)."""
+    origin = graph.origin
+    slopes = torch.stack([slope.reshape(-1) for slope in graph.slopes]).to(origin.dtype)
+    return origin + torch.mm((weights * graph.h).to(slopes), slopes).view(-1, *origin.shape)
+
+
+class _Watch:
+    """Sees that f's tensors are where they were when the backward pass begins, and reports on it."""
+
+    def __init__(self, field: VectorField, vjps: int) -> None:
+        self.addresses = Addresses(field.dependencies)
+        self.report: SolveReport = field.report
+        self.vjps = vjps
+        self.began: float | None = None
+
+    def over(self, last: Any, first: Any) -> None:
+        """Watch over the graph from its last node to its first one."""
+        last.register_prehook(self.begin)
+        if self.report.is_seen:
+            first.register_hook(self.end)
+
+    def begin(self, _: Sequence[Tensor]) -> None:
+        self.addresses.require_same()
+        self.report.vjps += self.vjps
+        if self.report.is_seen:
+            self.began = time.perf_counter()
+            # The graph's first node is not reached where the initial state needs no gradient.
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+
+    def end(self, *_: Any) -> None:
+        if self.began is not None:
+            self.report.backward_seconds += time.perf_counter() - self.began
+        self.began = None
