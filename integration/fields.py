@@ -74,7 +74,10 @@ def output_times(draw: st.DrawFn, duration: float) -> Tensor:
 
 
 class Outcome:
-    """A solve's values and the gradients of a random linear function of them."""
+    """A solve's values and the gradients of a random linear function of them, in the times too if those are to have one.
+
+    (Where times need gradients, no graphs are kept.)
+    """
 
     def __init__(
         self,
@@ -84,16 +87,19 @@ class Outcome:
         seed: int = 0,
         odeint: Callable[..., Any] = torchdiffeq.odeint,
         others: tuple[Tensor, ...] = (),
+        of_times: bool = True,
         **keywords: Any,
     ) -> None:
         y0 = y0.detach().clone().requires_grad_()
-        t = t.detach().clone().requires_grad_()
+        t = t.detach().clone().requires_grad_(of_times)
         y = odeint(field, y0, t, **keywords)
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y)
         parameters = list(field.parameters()) if isinstance(field, nn.Module) else []
-        self.names = ["y0", "t"] + [name for name, p in getattr(field, "named_parameters", list)() if p.requires_grad]
+        self.names = ["y0", *(["t"] if of_times else [])] + [
+            name for name, p in getattr(field, "named_parameters", list)() if p.requires_grad
+        ]
         self.names += [f"other {i}" for i in range(len(others))]
-        inputs = [y0, t, *(p for p in parameters if p.requires_grad), *others]
+        inputs = [y0, *([t] if of_times else []), *(p for p in parameters if p.requires_grad), *others]
         self.values = y.detach()
         loss = (y * weights).sum()
         loss = loss.real if loss.is_complex() else loss

@@ -17,8 +17,8 @@ from .graphs import mark_as_solve
 from .report import SolveReport
 from .step_graph import StepGraph
 from .trajectory import Trajectory
-from .vector_field import VectorField
-from .witness import Addresses, without_autocast
+from .vector_field import VectorField, without_autocast
+from .witness import Addresses
 
 
 def with_graph(solution: Tensor, trajectory: Trajectory, field: VectorField) -> Tensor:

@@ -403,6 +403,7 @@ class FixedGrid(_Recorder):
     """Notes the steps of torchdiffeq's fixed-grid methods."""
 
     grid_constructor: Callable[[Any, Tensor, Tensor], Tensor]
+    interp: str
 
     def begin(self, t: Tensor, recorded: bool) -> GridTimes | StartingTime:
         """Begin a solve over the times t, or from the only one up to an event; and to note its steps, if recorded."""
@@ -453,6 +454,32 @@ class FixedGrid(_Recorder):
         """Whether the state at a step's start is where the step before ended: a callback may have changed it."""
         return not self._has_callback or torch.equal(y0, self.end_state())
 
+    def integrate(self, t: Tensor) -> Tensor:
+        """The solution at the times t, shape (len(t), *y0.shape)."""
+        if self._grid is None or not self.is_own or self._has_callback or self.interp != "linear":
+            return super().integrate(t)  # type: ignore[misc]
+        # torchdiffeq's loop over the grid, but with times as numbers, so that none is waited for.
+        outputs, m, y0 = t.tolist(), 1, self.y0
+        start, end = (self._grid[0].t0, self._grid[-1].t1) if self._grid else (outputs[0], outputs[0])
+        if (start, end) != (outputs[0], outputs[-1]):
+            raise ValueError(
+                f"symplectic_adjoint: the grid goes from {start} to {end}, t from {outputs[0]} to {outputs[-1]}: have "
+                "grid_constructor begin and end where t does"
+            )
+        solution = torch.empty(len(t), *y0.shape, dtype=y0.dtype, device=y0.device)
+        solution[0] = y0
+        for n, step in enumerate(self._grid):
+            dy, _ = self._take(step, y0, n > 0)
+            y1 = y0 + dy
+            while m < len(outputs) and step.t1 >= outputs[m]:
+                if outputs[m] == step.t1:
+                    solution[m] = y1
+                else:
+                    solution[m] = torch.add(y0, dy, alpha=(outputs[m] - step.t0) / (step.t1 - step.t0))
+                m += 1
+            y0 = y1
+        return solution
+
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
         if (trajectory := self.trajectory) is None:
             return super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
@@ -461,15 +488,26 @@ class FixedGrid(_Recorder):
         else:
             step = self._grid[len(trajectory.steps)]
         follows = bool(trajectory.kept) and self._follows(y0)
-        self.begin_step(y0, None, step.h, follows)
         if self.is_own:
-            times = trajectory.stage_times([step])[0] if self._stage_times is None else next(self._stage_times)
-            result = self.func.take_step(trajectory.tableau, step, times, trajectory.keywords, y0)
-        else:
-            result = super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
-        self.note(step if self.func.draws is None else replace(step, draws=self.func.draws), y0, None, follows)
-        self._last = y0, result[0]
+            return self._take(step, y0, follows)
+        self.begin_step(y0, None, step.h, follows)
+        result = super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
+        self._took(step, y0, result[0], follows)
         return result
+
+    def _take(self, step: Step, y0: Tensor, follows: bool) -> tuple[Tensor, Tensor]:
+        """Take a step: what it adds to the state, and the slope at its start."""
+        assert self.trajectory is not None
+        self.begin_step(y0, None, step.h, follows)
+        stage_times = self.trajectory.stage_times([step])[0] if self._stage_times is None else next(self._stage_times)
+        result = self.func.take_step(self.trajectory.tableau, step, stage_times, self.trajectory.keywords, y0)
+        self._took(step, y0, result[0], follows)
+        return result
+
+    def _took(self, step: Step, y0: Tensor, dy: Tensor, follows: bool) -> None:
+        """Note a step that was taken."""
+        self.note(step if self.func.draws is None else replace(step, draws=self.func.draws), y0, None, follows)
+        self._last = y0, dy
 
     def read_times(self) -> None:
         """Have the steps' times as numbers, as they are."""
