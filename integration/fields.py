@@ -74,9 +74,9 @@ def output_times(draw: st.DrawFn, duration: float) -> Tensor:
 
 
 class Outcome:
-    """A solve's values and the gradients of a random linear function of them, in the times too if those are to have one.
+    """A solve's values and the gradients of a random linear function of them.
 
-    (Where times need gradients, no graphs are kept.)
+    In the times too, if wanted: but where times need gradients, no graphs are kept.
     """
 
     def __init__(
