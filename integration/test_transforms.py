@@ -111,19 +111,19 @@ class TestAroundASolve:
         both(lambda flag: [hessian(lambda y: (solve(solver, flag, field, y, T)[-1] ** 3).sum(), y0)])
 
     @every_solver
-    def test_batched_gradients_are_refused(self, solver) -> None:
+    def test_batched_gradients_are_refused_by_the_sweep(self, solver, monkeypatch) -> None:
+        monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", "steps")
         field, y0 = mlp(), Y0.clone().requires_grad_()
-        options = {"checkpoint": "steps"} if solver in TORCHDIFFEQ else {}
         with pytest.raises(RuntimeError, match="vectorize=False"):
-            jacobian(lambda y: solve(solver, True, field, y, T, **options)[-1], Y0, vectorize=True)
+            jacobian(lambda y: solve(solver, True, field, y, T)[-1], Y0, vectorize=True)
         with pytest.raises(RuntimeError, match="vectorize=False"):
-            hessian(lambda y: solve(solver, True, field, y, T, **options)[-1].sum(), Y0, vectorize=True)
-        y = solve(solver, True, field, y0, T, **options)[-1]
+            hessian(lambda y: solve(solver, True, field, y, T)[-1].sum(), Y0, vectorize=True)
+        y = solve(solver, True, field, y0, T)[-1]
         rows = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
         with pytest.raises(RuntimeError, match="is_grads_batched"):
             torch.autograd.grad(y, (y0, field.w1), rows, is_grads_batched=True)
 
-    @pytest.mark.parametrize("solver", TORCHDIFFEQ)
+    @every_solver
     def test_batched_gradients_through_a_whole_graph(self, solver) -> None:
         field, y0 = mlp(), Y0.clone().requires_grad_()
 

@@ -88,6 +88,20 @@ class Kept:
             checkpoints.release(self)
 
 
+class Lent:
+    """Bytes that somebody keeps as long as this: see `Checkpoints.lend`."""
+
+    __slots__ = ("_checkpoints", "_size")
+
+    def __init__(self, checkpoints: weakref.ref[Checkpoints], size: int) -> None:
+        self._checkpoints = checkpoints
+        self._size = size
+
+    def __del__(self) -> None:
+        if (checkpoints := self._checkpoints()) is not None:
+            checkpoints.give_back(self._size)
+
+
 class Checkpoints:
     """What is kept of the steps of one solve, within a budget.
 
@@ -122,7 +136,7 @@ class Checkpoints:
         self._largest = 0
         self._states_alone = policy == "steps"
         self._budget = budget
-        self._graph_bytes = self._state_bytes = 0
+        self._graph_bytes = self._state_bytes = self._lent = 0
         self._states = 0
         self._keeps_slope = True
         self._spacing = 1
@@ -190,18 +204,51 @@ class Checkpoints:
 
     def has_room_for(self, graph: StepGraph) -> bool:
         """Whether a graph in the making can be kept, even if its latest evaluation is larger than those before."""
-        nodes = graph.nodes[-1]
-        if nodes in self._sizes:
+        if graph.nodes[-1] in self._sizes:
             return True
-        self._sizes[nodes] = sum(graph.field.memory_of(graph.latest)) + self._state
-        # Beside it there will be what its backward pass makes.
-        self.working += 3 * max(0, self._sizes[nodes] - self._largest)
-        self._largest = max(self._largest, self._sizes[nodes])
+        self.bytes_of(graph.field, graph.latest)
         return self.used + self.size_of(graph) <= self._room()
+
+    def bytes_of(self, field: VectorField, evaluation: Evaluation) -> int:
+        """The bytes that an evaluation keeps with its graph, as for `size_of`."""
+        nodes = evaluation.nodes
+        if nodes not in self._sizes:
+            self._sizes[nodes] = sum(field.memory_of(evaluation)) + self._state
+            # Beside it there will be what its backward pass makes.
+            self.working += 3 * max(0, self._sizes[nodes] - self._largest)
+            self._largest = max(self._largest, self._sizes[nodes])
+        return self._sizes[nodes]
 
     def may_go_on(self, graph: StepGraph) -> bool:
         """Whether another step's graph may go on from one: they can only be dropped together."""
         return graph.size <= self._room() / 4
+
+    def may_lend(self, evaluations: int) -> bool:
+        """Whether there is room for the graph of a step that can't be dropped any more once it is there.
+
+        Args:
+            evaluations: how many a step makes.
+        """
+        if self.policy != "auto" or self._states_alone or self._is_binomial() or not self.storage.on_device:
+            return False
+        # The other half is for what follows, however much that is.
+        return self._lent + evaluations * self._largest + self._state <= self._room() / 2
+
+    def lend(self, size: int) -> Lent:
+        """Count bytes that somebody else keeps, as long as what is returned is kept."""
+        self.used += size
+        self._graph_bytes += size
+        self._lent += size
+        self.most_graphs = max(self.most_graphs, self._graph_bytes)
+        while self.used > self._room():
+            self._drop()
+        return Lent(self._me, size)
+
+    def give_back(self, size: int) -> None:
+        """Count bytes no longer that were lent."""
+        self.used -= size
+        self._graph_bytes -= size
+        self._lent -= size
 
     def wants_graphs(self, evaluations: int, remaining: int = 0) -> bool:
         """Whether there is room for the graphs of the step to come and of those that will follow it.

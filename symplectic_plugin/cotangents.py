@@ -58,6 +58,8 @@ class StandIns:
         return _Substitution(self._leaves) if self._leaves else _NOTHING
 
 
+NO_STAND_INS = StandIns()
+
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cotangents import CotangentSums, StandIns
+from .cotangents import NO_STAND_INS, CotangentSums, StandIns
 from .graphs import nodes_between, vjp
 from .runge_kutta import combined
 from .tableau import ButcherTableau
 from .vector_field import Evaluation, Keywords, VectorField
-
-_NONE = StandIns()
 
 
 class StepGraph:
@@ -111,7 +109,7 @@ class StepGraph:
         if i and state is not None:
             stage = stage.clone() if stage is self.origin else stage
             stage.data.copy_(state)  # as the host rounds it; no node has saved it yet
-        slope = self.field.evaluate(t, stage, keywords, self.stand_ins or _NONE)
+        slope = self.field.evaluate(t, stage, keywords, self.stand_ins or NO_STAND_INS)
         self.stages.append(stage)
         self.slopes.append(slope)
         self.nodes.append(nodes_between(stage, slope))

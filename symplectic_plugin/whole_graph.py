@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoints import Lent
 from .graphs import mark_as_solve
 from .report import SolveReport
 from .step_graph import StepGraph
@@ -45,8 +46,7 @@ def with_graph(solution: Tensor, trajectory: Trajectory, field: VectorField) -> 
                 outputs.append(_inside(graphs[n], trajectory.dense.weights(torch.tensor(thetas, dtype=torch.float64))))
         result = torch.cat(outputs)
     result.data.copy_(solution)  # as the host rounds it; no node has saved it
-    mark_as_solve(result)
-    _Watch(field, sum(len(graph.nodes) for graph in graphs)).over(result.grad_fn, origin.grad_fn)
+    watch(result, origin, field.report, sum(len(graph.nodes) for graph in graphs), Addresses(field.dependencies))
     return result
 
 
@@ -57,20 +57,35 @@ def _inside(graph: StepGraph, weights: Tensor) -> Tensor:
     return origin + torch.mm((weights * graph.h).to(slopes), slopes).view(-1, *origin.shape)
 
 
+def watch(
+    result: Tensor, origin: Tensor, report: SolveReport, vjps: int, addresses: Addresses, lent: Lent | None = None
+) -> None:
+    """Have a backward pass from a result to an origin begin with a check of where f's tensors are, and reported on.
+
+    Args:
+        result: of a solve or a step.
+        origin: the state at its start.
+        report: the solve's.
+        vjps: how many of f there are in between.
+        addresses: of what f depends on.
+        lent: the memory that the graph keeps.
+    """
+    mark_as_solve(result)
+    watching, last, first = _Watch(report, vjps, addresses, lent), result.grad_fn, origin.grad_fn
+    last.register_prehook(watching.begin)  # type: ignore[union-attr]
+    if report.is_seen and first is not None:
+        first.register_hook(watching.end)
+
+
 class _Watch:
-    """Sees that f's tensors are where they were when the backward pass begins, and reports on it."""
+    """What is held for that by the graph."""
 
-    def __init__(self, field: VectorField, vjps: int) -> None:
-        self.addresses = Addresses(field.dependencies)
-        self.report: SolveReport = field.report
+    def __init__(self, report: SolveReport, vjps: int, addresses: Addresses, lent: Lent | None) -> None:
+        self.report = report
+        self.addresses = addresses
         self.vjps = vjps
+        self.lent = lent
         self.began: float | None = None
-
-    def over(self, last: Any, first: Any) -> None:
-        """Watch over the graph from its last node to its first one."""
-        last.register_prehook(self.begin)
-        if self.report.is_seen:
-            first.register_hook(self.end)
 
     def begin(self, _: Sequence[Tensor]) -> None:
         self.addresses.require_same()

@@ -24,6 +24,7 @@ from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitE
 
 from ...checkpoints import Checkpoints, Kept
 from ...compiled import Compiled, not_compiled
+from ...cotangents import NO_STAND_INS
 from ...randomness import Generators, GeneratorStates
 from ...report import new_report
 from ...saved import hooks_are_active
@@ -32,8 +33,9 @@ from ...step_graph import StepGraph
 from ...storage import storage
 from ...tableau import ButcherTableau, read_rounded_tableau
 from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
-from ...vector_field import VectorField, require_slope
-from ...witness import refuse_transforms
+from ...vector_field import Evaluation, VectorField, require_slope
+from ...whole_graph import watch
+from ...witness import Addresses, refuse_transforms
 from . import step_sizes
 from .implicit import METHODS, ImplicitSolver
 from .methods import is_torchdyns, step_function, tableau_of
@@ -210,7 +212,7 @@ class AdjointSteps:
     def _runge_kutta_step(
         self, solve: Solve, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any
     ) -> Any:
-        """A step taken without a graph, with the adjoint sweep as its backward pass."""
+        """A step with its graph, where memory allows; or taken without one, the adjoint sweep its backward pass."""
         assert solve.field is not None
         assert solve.tableau is not None
         refuse_transforms()
@@ -222,14 +224,22 @@ class AdjointSteps:
         graph: StepGraph | None = None
         # There are no times in it, nor coefficients as one step rounds them.
         plain = not with_loss and not t.requires_grad and not dt.requires_grad and t.dtype == dt.dtype == x.abs().dtype
-        if plain and solve.checkpoints.wants_graphs(solve.tableau.stages):
+        whole = plain and solve.goes_on and solve.checkpoints.may_lend(solve.tableau.stages)
+        if plain and not whole and solve.checkpoints.wants_graphs(solve.tableau.stages):
             graph = StepGraph(field, solve.tableau, x, h, given)
-        evaluate = _Evaluations(solve, with_loss, graph, t.requires_grad or dt.requires_grad)
+        evaluate = _Evaluations(solve, with_loss, graph, t.requires_grad or dt.requires_grad, whole)
         begin = time.perf_counter()
-        with torch.no_grad():
+        if whole and field.report.is_seen and x.requires_grad:
+            x = x.view_as(x)  # where the step's graph ends, for its backward pass to be timed
+        state, slope = (x, k1) if whole else (x.detach(), given)
+        with torch.set_grad_enabled(whole):
             _, end, error, *more = super().step(  # type: ignore[misc]
-                evaluate, x.detach(), t.detach(), dt.detach(), k1=given, args=args
+                evaluate, state, t.detach(), dt.detach(), k1=slope, args=args
             )
+        error = error.detach() if isinstance(error, Tensor) else error  # the control of step sizes has no gradient
+        if evaluate.whole:
+            return self._whole_step(solve, evaluate, x, end, error, more, begin)
+        end, more = end.detach(), [tuple(stage.detach() for stage in stages) for stages in more]
         # Where the first slope was evaluated just before, or is the last one of the step that led here, it can be
         # evaluated again, unless f draws random numbers for it.
         at_start = solve.is_at_start(k1, x)
@@ -257,6 +267,29 @@ class AdjointSteps:
             return None, end, error
         stages = tuple(slopes.get(i, k1) for i in range(len(stages)))
         if tableau.first_same_as_last:
+            stages[-1].symplectic_adjoint_state = weakref.ref(end)
+        return stages[-1], end, error, stages
+
+    def _whole_step(
+        self, solve: Solve, evaluate: _Evaluations, x: Tensor, end: Tensor, error: Any, more: list[Any], begin: float
+    ) -> Any:
+        """A step with its graph, which nothing has to be put around: as torchdyn returned it, but for the error.
+
+        Args:
+            x, end: the states at its start and end.
+            error: its error estimate, without a graph.
+            more: its slopes, if torchdyn returned them.
+            begin: when it began.
+        """
+        assert solve.field is not None
+        if end.requires_grad:
+            addresses = solve.addresses = solve.addresses or Addresses(solve.field.dependencies)
+            watch(end, x, solve.field.report, evaluate.count, addresses, solve.checkpoints.lend(evaluate.size))
+        solve.note(time.perf_counter() - begin)
+        if not more:
+            return None, end, error
+        (stages,) = more
+        if solve.tableau is not None and solve.tableau.first_same_as_last:
             stages[-1].symplectic_adjoint_state = weakref.ref(end)
         return stages[-1], end, error, stages
 
@@ -329,7 +362,12 @@ def require_size(t: float, h: float, dtype: torch.dtype) -> None:
 
 
 class Solve:
-    """What is known of the solve that a solver is taking steps of."""
+    """What is known of the solve that a solver is taking steps of.
+
+    Attributes:
+        goes_on: whether a step's graph may go on behind the state at its start, so that nothing is put around it.
+        addresses: where the tensors are that f depends on, if a graph is to see that they are still there.
+    """
 
     def __init__(self) -> None:
         self.reported: Any = None
@@ -337,6 +375,8 @@ class Solve:
         self.field: VectorField | None = None
         self.tableau: ButcherTableau | None = None
         self.discovered = False
+        self.goes_on = True
+        self.addresses: Addresses | None = None
         self.may_draw = True
         self.checkpoints = Checkpoints()
         self._stepper: Any = None
@@ -410,7 +450,9 @@ class _WithLoss:
 class _Evaluations:
     """The vector field as a step calls it: without graphs, but for those that are kept or show what it depends on."""
 
-    def __init__(self, solve: Solve, with_loss: bool, graph: StepGraph | None, want_time: bool) -> None:
+    def __init__(
+        self, solve: Solve, with_loss: bool, graph: StepGraph | None, want_time: bool, whole: bool = False
+    ) -> None:
         self.solve = solve
         self.with_loss = with_loss
         self.want_time = want_time
@@ -418,6 +460,9 @@ class _Evaluations:
         self.time_dtypes: list[torch.dtype] = []
         self.stages: list[Tensor] = []
         self.graph = graph
+        # Whether the step's graph goes on behind the state at its start; what its evaluations keep, and how many.
+        self.whole = whole
+        self.size = self.count = 0
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         self.time_dtypes.append(t.dtype)
@@ -430,6 +475,9 @@ class _Evaluations:
         else:
             if field.draws and self.draws is None:
                 self.draws = field.generators.states()
+            if self.whole:
+                start = x.view_as(x)  # with a node, from which those of f are counted
+                return self._counted(field, Evaluation(x, t, start, {}, field.evaluate(t, start, {}, NO_STAND_INS)))
             if self.graph is None:
                 slope = field(t, argument, {})
             else:
@@ -442,18 +490,31 @@ class _Evaluations:
     def _discover(self, field: VectorField, t: Tensor, x: Tensor, argument: Tensor) -> Tensor:
         """Evaluate f for the first time in a solve."""
         solve = self.solve
+        assert solve.tableau is not None
         before = field.generators.states()
-        evaluation = field.discover(t, argument, {}, self.want_time)
+        evaluation = field.discover(t, argument, {}, self.want_time, with_history=self.whole)
         self.draws = before if field.draws else None
         solve.discovered = True
-        assert solve.tableau is not None
-        solve.checkpoints.measure(field, evaluation, argument, solve.tableau.stages, field.draws, outputs=2)
-        wanted = not field.stand_ins and solve.checkpoints.wants_graphs(solve.tableau.stages)
+        checkpoints, stages = solve.checkpoints, solve.tableau.stages
+        checkpoints.measure(field, evaluation, argument, stages, field.draws, outputs=2)
+        # Autograd sums in the parameters' precision: of half precision that is to be no long sum.
+        needed = argument.requires_grad or any(tensor.requires_grad for tensor in field.dependencies)
+        solve.goes_on = needed and all(tensor.element_size() >= 4 for tensor in field.dependencies)
+        self.whole = self.whole and solve.goes_on and checkpoints.may_lend(stages)
+        if self.whole:
+            return self._counted(field, evaluation)
+        wanted = not field.stand_ins and checkpoints.wants_graphs(stages)
         if self.graph is not None and wanted and not self.graph.slopes:
             self.graph.take(evaluation, field.stand_ins)
         else:
             self.graph = None
         return evaluation.slope.detach()
+
+    def _counted(self, field: VectorField, evaluation: Evaluation) -> Tensor:
+        """The slope that was evaluated in a step with its graph."""
+        self.size += self.solve.checkpoints.bytes_of(field, evaluation)
+        self.count += 1
+        return evaluation.slope
 
 
 class StageTimes:
