@@ -178,7 +178,7 @@ class TestMemory:
     BATCH = 64
 
     def peak(
-        self, method: str, steps: int, repeat: int = 1, **options
+        self, method: str, steps: int, outputs: int = 2, **options
     ) -> tuple[int, symplectic_plugin.report.SolveReport]:
         field, y0 = network(), torch.randn(self.BATCH, 8).requires_grad_()
         adaptive = method in ADAPTIVE
@@ -187,7 +187,7 @@ class TestMemory:
 
         def work() -> None:
             y = torchdiffeq.odeint(
-                lambda t, y: field(y), y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:{method}", rtol=1e6, atol=1e6,
+                lambda t, y: field(y), y0, torch.linspace(0, 1, outputs), method=f"{FLAG}:{method}", rtol=1e6, atol=1e6,
                 options=size | options,
             )  # fmt: skip
             y[-1].sum().backward()
@@ -212,6 +212,15 @@ class TestMemory:
         assert recomputed == sorted(recomputed, reverse=True)
         assert recomputed[0] > 0
         assert recomputed[-1] == 0
+
+    @pytest.mark.parametrize("method", ["euler", "rk4", "bosh3", "dopri5", "dopri8"])
+    @pytest.mark.parametrize("outputs", [2, 300])
+    def test_so_it_is_however_many_outputs_there_are(self, method, outputs) -> None:
+        least = least_budget(lambda budget: self.peak(method, 16, outputs, memory_budget=budget))
+        for factor in (1, 1.2, 1.5, 2.5):
+            budget = int(least * factor)
+            peak, report = self.peak(method, 16, outputs, memory_budget=budget)
+            assert peak <= budget, (factor, report)
 
     def test_without_a_budget_a_small_solve_keeps_all_graphs_and_a_large_one_does_not(self) -> None:
         assert self.peak("rk4", 20)[1].recomputed == 0

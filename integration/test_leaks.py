@@ -19,7 +19,9 @@ STATE_BYTES = 32 * 1024
 LITTLE = 3_000_000
 """Bytes that an allocator takes once and for all: some thirty states."""
 T = torch.tensor([0.0, 0.1], dtype=torch.float64)
-OPTIONS: dict[str, dict[str, Any]] = {"euler": {}, "rk4": {}, "dopri5": {"first_step": 0.1}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "euler": {}, "rk4": {}, "dopri5": {"first_step": 0.1}, "adaptive_heun": {"first_step": 1e-3, "max_step": 2e-3}
+}  # fmt: skip
 
 
 class Field(nn.Module):
@@ -144,3 +146,7 @@ class TestNothingIsLeft:
         model = host(method)
         model.field.encoded = True
         assert_nothing_left(lambda: work(model), 100)
+
+    def test_of_states_taken_again_with_their_slopes(self) -> None:
+        model = Torchdiffeq("adaptive_heun")
+        assert_nothing_left(lambda: model.solve(checkpoint="binomial").sum().backward(), 20)

@@ -203,3 +203,58 @@ def test_no_long_sum_in_half_precision(dtype) -> None:
     assert not is_whole(y)
     (gradient,) = torch.autograd.grad(y[-1].mean(), scale)
     assert abs(float(gradient) - 1) < 1e-2
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+class TestWhatIsAround:
+    def test_a_parameter_that_is_held_and_not_used_may_move(self, method) -> None:
+        field = mlp()
+        y = torchdiffeq.odeint(field, random(2, 3), T, method=f"{FLAG}:{method}")
+        field.unused.data = torch.zeros(3, dtype=torch.float64)
+        y.sum().backward()
+        assert is_whole(y)
+
+    def test_the_one_that_is_used_may_not(self, method) -> None:
+        field = mlp()
+        y = torchdiffeq.odeint(field, random(2, 3), T, method=f"{FLAG}:{method}")
+        field.w1.data = torch.zeros_like(field.w1)
+        with pytest.raises(RuntimeError, match="was given other memory"):
+            y.sum().backward()
+
+    def test_solves_of_what_solves_before_them_gave_count_their_own_graphs_alone(self, method) -> None:
+        field, context = mlp(), torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+        with symplectic_plugin.profile() as solves:
+            for _ in range(5):
+                y = torchdiffeq.odeint(
+                    lambda t, y, c=context: field(t, y) + c, random(2, 3) + context, T, method=f"{FLAG}:{method}"
+                )
+                context = y[-1]
+        assert len({solve.evaluation_bytes for solve in list(solves)[1:]}) == 1
+
+    def test_one_time_alone_is_the_initial_state(self, method) -> None:
+        field, y0 = mlp(), random(2, 3).requires_grad_()
+        field.w1.register_hook(lambda g: 2 * g)  # which fails where there is no gradient
+        y = torchdiffeq.odeint(field, y0, T[:1], method=f"{FLAG}:{method}", options={"checkpoint": "steps"})
+        y.sum().backward()
+        assert torch.equal(y, y0[None])
+        assert torch.equal(y0.grad, torch.ones_like(y0))
+
+
+def test_states_of_no_elements_with_outputs_inside_steps() -> None:
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    y0 = torch.zeros(0, 2, dtype=torch.float64)
+    y = torchdiffeq.odeint(lambda t, y: w * y, y0, T, method=f"{FLAG}:rk4", options={"step_size": 0.25})
+    y.sum().backward()
+    assert y.shape == (4, 0, 2)
+    assert w.grad == 0
+
+
+def test_a_grid_that_goes_back() -> None:
+    found = []
+    for flag in ("", f"{FLAG}:"):
+        field, y0 = mlp(), random(2, 3).requires_grad_()
+        grid = torch.tensor([0, 0.5, 0.3, 1.0], dtype=torch.float64)
+        y = torchdiffeq.odeint(field, y0, T, method=f"{flag}rk4", options={"grid_constructor": lambda *_, g=grid: g})
+        found.append([y.detach(), *torch.autograd.grad((y * random(4, 2, 3)).sum(), (y0, field.w1))])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-12 * theirs.norm()

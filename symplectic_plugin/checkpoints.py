@@ -131,7 +131,7 @@ class Checkpoints:
         self.storage = storage or DeviceMemory()
         self._me = weakref.ref(self)
         self.used = self.most_states = self.most_graphs = 0
-        self.working = self.evaluation = self._state = 0
+        self.working = self.evaluation = self._state = self._outputs = 0
         self._sizes: dict[int, int] = {}
         self._largest = 0
         self._states_alone = policy == "steps"
@@ -183,9 +183,10 @@ class Checkpoints:
         gradients = sum(x.numel() * max(4, x.element_size()) for x in field.dependencies)
         # Beside a graph: what its backward pass makes; the sums of gradients, and those to be added; the slopes of a
         # step, and what the host makes of them; the outputs and their cotangents.
-        self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (2 * stages + 12 + 2 * outputs) * size
+        self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (3 * stages + 12 + 2 * outputs) * size
         self.working += solving
         self.evaluation = sum(sizes) + size
+        self._outputs = outputs * size
         self._sizes[evaluation.nodes] = self._largest = self.evaluation
         self._state = size * (2 if keeps_slope else 1) if self.storage.on_device else 0
         field.report.evaluation_bytes = sum(sizes)
@@ -222,6 +223,10 @@ class Checkpoints:
     def may_go_on(self, graph: StepGraph) -> bool:
         """Whether another step's graph may go on from one: they can only be dropped together."""
         return graph.size <= self._room() / 4
+
+    def may_join(self) -> bool:
+        """Whether there is room for the outputs once more, as they are joined with their graphs."""
+        return self.used + self._outputs <= self._room()
 
     def may_lend(self, evaluations: int) -> bool:
         """Whether there is room for the graph of a step that can't be dropped any more once it is there.
@@ -307,6 +312,10 @@ class Checkpoints:
         # Weakly and without a history: both may lead back here.
         self._last = None if kept.previous is None else (weakref.ref(kept.previous), state.detach())
         return state, slope
+
+    def end_of_recall(self) -> None:
+        """No state will be recalled any more: what recalls them may hold on to whom it does so for."""
+        self._reversal = None
 
     def end_of(self, kept: Kept) -> Tensor | None:
         """The state at a step's end, if it is kept or was recalled last."""

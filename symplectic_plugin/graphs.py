@@ -102,14 +102,14 @@ def referenced(leaves: list[Tensor]) -> list[Tensor]:
     return [leaf for leaf in leaves if sys.getrefcount(leaf) > 3]
 
 
-def history(tensor: Tensor, start: Any = None) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ...]]]:
+def history(tensor: Tensor, stops: Iterable[Any] = ()) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ...]]]:
     """The nodes behind a tensor: each node, the leaf that it accumulates into, and the edges that it leads to.
 
     Args:
         tensor: the tensor.
-        start: a node not to look behind, if any.
+        stops: nodes not to look at, nor behind.
     """
-    seen: set[Any] = {start}
+    seen: set[Any] = set(stops)
     stack: list[Any] = [tensor.grad_fn]
     while stack:
         node = stack.pop()
@@ -164,17 +164,17 @@ def depends_on_another(tensor: Tensor, others: Iterable[Tensor]) -> bool:
     )
 
 
-def saved_storages(value: Tensor, start: Any = None) -> dict[int, int]:
+def saved_storages(value: Tensor, stops: Iterable[Any] = ()) -> dict[int, int]:
     """What a value's graph keeps for its backward pass: the size in bytes of each storage, by its address.
 
     Args:
         value: the tensor.
-        start: a node not to look behind, if any.
+        stops: nodes not to look at, nor behind.
     """
     storages: dict[int, int] = {}
     if value.grad_fn is None:
         return storages
-    for node, leaf, _ in history(value, start):
+    for node, leaf, _ in history(value, stops):
         if leaf is not None:
             continue
         try:

@@ -81,6 +81,7 @@ def sweep(
             for kept in trajectory.kept[first : n + 1]:
                 trajectory.checkpoints.release(kept)
         n = first
+    trajectory.checkpoints.end_of_recall()
     field.require_same(back.worst_deviation)
     # The first output is the initial state, and so is an event that is met at once.
     adjoint = adjoint + given[: end + 1].sum(0)

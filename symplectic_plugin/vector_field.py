@@ -57,12 +57,17 @@ class Evaluation:
         """How many nodes it made in this thread."""
         return nodes_between(self.argument, self.slope)
 
-    def storages(self) -> dict[int, int]:
-        """The memory that it holds: the size in bytes of each storage, by its address."""
-        storages = saved_storages(self.slope, self.argument.grad_fn)
-        for tensor in (self.leaf, self.slope):
-            if tensor.layout is torch.strided:
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def storages(self, behind: Iterable[Any] = ()) -> dict[int, int]:
+        """The memory that it holds: the size in bytes of each storage, by its address.
+
+        Args:
+            behind: nodes of the graph that are not its own.
+        """
+        storages = saved_storages(self.slope, (self.argument.grad_fn, *behind))
+        if self.slope.layout is torch.strided:
+            storages[self.slope.untyped_storage().data_ptr()] = self.slope.untyped_storage().nbytes()
+        if self.leaf.layout is torch.strided:  # it may be a view of something larger, which is there anyway
+            storages[self.leaf.untyped_storage().data_ptr()] = self.leaf.numel() * self.leaf.element_size()
         return storages
 
 
@@ -179,6 +184,11 @@ class VectorField:
         self._refuse_own_state(slope, t, x, keywords)
         return evaluation
 
+    @property
+    def used(self) -> list[Tensor]:
+        """The dependencies that f has been seen to use."""
+        return self.dependencies[: len(self.dependencies) - self.spare]
+
     def part(self, function: Callable[..., Tensor]) -> VectorField:
         """A part of f as another function, which depends on nothing that f does not depend on."""
         part = copy.copy(self)
@@ -191,7 +201,8 @@ class VectorField:
 
     def memory_of(self, evaluation: Evaluation) -> list[int]:
         """The bytes of each storage that an evaluation keeps with its graph, less what is there anyway."""
-        return [size for address, size in evaluation.storages().items() if address not in self._lasting]
+        behind = [node for node, _ in self._edges]  # the histories of what it depends on
+        return [size for address, size in evaluation.storages(behind).items() if address not in self._lasting]
 
     def _refuse_own_state(self, slope: Tensor, t: Tensor, x: Tensor, keywords: Keywords) -> None:
         """Refuse an f whose value depends on a tensor that it changes whenever it is evaluated.
@@ -351,8 +362,8 @@ class VectorField:
         """
         replaced = sums.stand_ins.replaced
         if self._accumulators is None:
-            used = self.dependencies[: len(self.dependencies) - self.spare]
-            self._accumulators = {accumulator(tensor) for tensor in used if tensor.is_leaf and tensor.requires_grad}
+            leaves = [tensor for tensor in self.used if tensor.is_leaf and tensor.requires_grad]
+            self._accumulators = {accumulator(tensor) for tensor in leaves}
         found = graph_inputs(outputs, start, self._edges, () if sums.stand_ins else self._accumulators)
         if replaced and (not replaced.isdisjoint(found.edges) or not replaced.isdisjoint(map(id, found.leaves))):
             raise RuntimeError(

@@ -46,7 +46,7 @@ def with_graph(solution: Tensor, trajectory: Trajectory, field: VectorField) -> 
                 outputs.append(_inside(graphs[n], trajectory.dense.weights(torch.tensor(thetas, dtype=torch.float64))))
         result = torch.cat(outputs)
     result.data.copy_(solution)  # as the host rounds it; no node has saved it
-    watch(result, origin, field.report, sum(len(graph.nodes) for graph in graphs), Addresses(field.dependencies))
+    watch(result, origin, field.report, sum(len(graph.nodes) for graph in graphs), Addresses(field.used))
     return result
 
 
@@ -54,7 +54,8 @@ def _inside(graph: StepGraph, weights: Tensor) -> Tensor:
     """x_n + h sum_i w_mi k_i for the weights w, shape (m, s): shape (m, *state)."""
     origin = graph.origin
     slopes = torch.stack([slope.reshape(-1) for slope in graph.slopes]).to(origin.dtype)
-    return origin + torch.mm((weights * graph.h).to(slopes), slopes).view(-1, *origin.shape)
+    inside = torch.addmm(origin.reshape(1, -1), (weights * graph.h).to(slopes), slopes)
+    return inside.view(len(weights), *origin.shape)
 
 
 def watch(

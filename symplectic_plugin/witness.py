@@ -73,9 +73,8 @@ class Witness:
     def __init__(self, field: VectorField) -> None:
         field.settle()
         self.field = field
-        used = len(field.dependencies) - field.spare
-        self.saved = field.dependencies[:used]
-        self._spare = field.dependencies[used:]
+        self.saved = field.used
+        self._spare = field.dependencies[len(self.saved) :]
         self._addresses = Addresses(self.saved)
         self._versions = [tensor._version for tensor in self._spare]
 

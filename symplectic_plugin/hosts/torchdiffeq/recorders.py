@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
 import functools
 import itertools
@@ -18,6 +17,7 @@ from torchdiffeq._impl import misc
 from torchdiffeq._impl.misc import Perturb
 
 from ...checkpoints import Checkpoints, Kept
+from ...graphs import depends_on_another
 from ...implicit.solve import ImplicitSolve
 from ...runge_kutta import combined
 from ...step_graph import StepGraph
@@ -194,7 +194,7 @@ class _Recorder(ABC):
         stages: list[Tensor] | None = None
         graph, size = func.graph, 0
         if func.whole and (graph is None or (graph.before is None and trajectory.kept)):
-            self._give_up_whole_graph()
+            self._give_up_whole_graph(trajectory)
         if graph is not None:
             state = state if graph.before is None else graph.origin.detach()  # the same, which the graph has anyway
             size = checkpoints.size_of(graph)
@@ -207,16 +207,24 @@ class _Recorder(ABC):
         trajectory.kept.append(kept)
         checkpoints.add(kept, size, step.draws_size)
 
-    def _give_up_whole_graph(self) -> None:
-        """The graphs of all steps are not to be one after all."""
-        assert self.trajectory is not None
-        self.func.whole, kept = False, self.trajectory.kept
-        if kept and kept[-1].graph is not None and kept[-1].graph.stand_ins is None:
+    def _give_up_whole_graph(self, trajectory: Trajectory) -> None:
+        """The graphs of all steps are not to be one after all: have the sweep go through them, if it can."""
+        self.func.whole = False
+        graphs = [kept.graph for kept in trajectory.kept if kept.graph is not None and kept.graph.stand_ins is None]
+        initial, field = self.func.initial, self.func.field
+        # What is behind the initial state would be counted twice, if f depends on that too.
+        shared = any(tensor is initial for tensor in field.dependencies)
+        if graphs and (field.stand_ins or shared or depends_on_another(initial, field.dependencies)):
             self.checkpoints.drop_graphs()
+        for graph in graphs:
+            graph.stand_ins = field.stand_ins
 
     def is_whole(self, trajectory: Trajectory) -> bool:
         """Whether the graphs of all steps of a solve are one."""
-        return self.func.whole and bool(trajectory.kept) and trajectory.kept[-1].graph is not None
+        whole = self.func.whole and bool(trajectory.kept) and trajectory.kept[-1].graph is not None
+        if whole and not self.checkpoints.may_join():
+            self._give_up_whole_graph(trajectory)
+        return whole and self.func.whole
 
     def places(self, times: Tensor) -> list[tuple[int, float]]:
         """The step that each output after the first is made from, the first one to reach it, and its place there."""
@@ -225,7 +233,11 @@ class _Recorder(ABC):
         steps = self.trajectory.steps
         ends = [step.t1 for step in steps]
         outputs = times.tolist()[1:]
-        in_step = [bisect.bisect_left(ends, t) for t in outputs]
+        in_step, n = [], 0
+        for t in outputs:
+            while ends[n] < t:  # not by bisection: a grid may go back
+                n += 1
+            in_step.append(n)
         for n, following in itertools.pairwise(in_step):
             if n == following and self.trajectory.dense.end_stage and steps[n].draws is not None:
                 raise RuntimeError(

@@ -181,6 +181,8 @@ class SymplecticAdjoint:
                 stacklevel=5,
             )
         trajectory = self.base.finish(places)
+        if not trajectory.steps:  # one time, or an event that is met at once
+            return torch.stack([self.y0] * len(solution))
         if self.base.is_whole(trajectory):
             needed = any(tensor.requires_grad for tensor in (self.y0, *self.field.dependencies))
             return with_graph(solution, trajectory, self.field) if needed else solution

@@ -283,7 +283,7 @@ class AdjointSteps:
         """
         assert solve.field is not None
         if end.requires_grad:
-            addresses = solve.addresses = solve.addresses or Addresses(solve.field.dependencies)
+            addresses = solve.addresses = solve.addresses or Addresses(solve.field.used)
             watch(end, x, solve.field.report, evaluate.count, addresses, solve.checkpoints.lend(evaluate.size))
         solve.note(time.perf_counter() - begin)
         if not more:
