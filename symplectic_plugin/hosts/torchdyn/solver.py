@@ -222,10 +222,11 @@ class AdjointSteps:
         field, with_loss = solve.field, self.loss is not None
         given = None if k1 is None else require_slope(k1, x).detach()
         graph: StepGraph | None = None
-        # There are no times in it, nor coefficients as one step rounds them.
-        plain = not with_loss and not t.requires_grad and not dt.requires_grad and t.dtype == dt.dtype == x.abs().dtype
+        # There are no times in a graph of ours, nor coefficients as one step rounds them.
+        plain = not with_loss and not t.requires_grad and not dt.requires_grad
         whole = plain and solve.goes_on and solve.checkpoints.may_lend(solve.tableau.stages)
-        if plain and not whole and solve.checkpoints.wants_graphs(solve.tableau.stages):
+        plain = plain and not whole and t.dtype == dt.dtype == x.abs().dtype
+        if plain and solve.checkpoints.wants_graphs(solve.tableau.stages):
             graph = StepGraph(field, solve.tableau, x, h, given)
         evaluate = _Evaluations(solve, with_loss, graph, t.requires_grad or dt.requires_grad, whole)
         begin = time.perf_counter()
