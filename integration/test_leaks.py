@@ -88,6 +88,12 @@ def with_a_failing_backward_pass(model: Torchdiffeq) -> None:
         Field.fails = False
 
 
+def with_a_graph_of_the_gradient(model: Torchdiffeq) -> None:
+    model.y0.requires_grad_(False)
+    model.solve().sum().backward(create_graph=True)
+    model.field.w.grad = None
+
+
 def with_second_derivatives(model: Torchdiffeq) -> None:
     first = torch.autograd.grad((model.solve() ** 2).sum(), model.y0, create_graph=True)
     torch.autograd.grad(first[0].sum(), model.field.w)
@@ -140,6 +146,7 @@ class TestNothingIsLeft:
             ("dopri5", without_backward),
             ("rk4", with_a_failing_backward_pass),
             ("rk4", with_second_derivatives),
+            ("rk4", with_a_graph_of_the_gradient),
         ],
     )
     def test_of_a_hundred(self, host, method, work) -> None:

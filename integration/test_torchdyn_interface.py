@@ -26,7 +26,14 @@ from torchdyn.nn import Augmenter, DataControl, DepthCat, GalConv2d, GalLinear
 from torchdyn.numerics import odeint, odeint_mshooting, odeint_symplectic
 from torchdyn.numerics.odeint import odeint_hybrid
 from torchdyn.numerics.solvers.hyper import HyperEuler
-from torchdyn.numerics.solvers.ode import AsynchronousLeapfrog, DormandPrince45, Euler, RungeKutta4, SolverTemplate
+from torchdyn.numerics.solvers.ode import (
+    SOLVER_DICT,
+    AsynchronousLeapfrog,
+    DormandPrince45,
+    Euler,
+    RungeKutta4,
+    SolverTemplate,
+)
 from torchdyn.numerics.utils import EventCallback
 
 from .test_torchdyn_gradients import ADAPTIVE, FIXED, FLAG, constant_first_step
@@ -557,3 +564,34 @@ def test_the_names_are_torchdyns_own_objects() -> None:
     assert torchdyn.numerics.odeint is module.odeint
     assert module.odeint.__module__ == "torchdyn.numerics.odeint"
     assert isinstance(NeuralODE(net(), solver=f"{FLAG}:alf").solver, AsynchronousLeapfrog)
+
+
+class TestSteps:
+    def test_nothing_is_left_on_a_tensor_that_f_returns(self) -> None:
+        class Constant(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.Parameter(random(5, 3))
+
+            def forward(self, t, x, args=None):
+                return self.w
+
+        field = Constant()
+        odeint(field, X, torch.linspace(0, 1, 3, dtype=torch.float64), solver=f"{FLAG}:dopri5")
+        assert not vars(field.w)
+
+    def test_in_a_loop_of_ones_own_with_parameters_that_move_in_between(self) -> None:
+        found = []
+        for name in ("rk4", f"{FLAG}:rk4"):
+            field, solver = net(), SOLVER_DICT[name](torch.float64)
+            f = lambda t, x, field=field: field(x)  # noqa: E731
+            for _ in range(3):
+                x, t, dt = X, torch.zeros((), dtype=torch.float64), torch.full((), 0.1, dtype=torch.float64)
+                for _ in range(4):
+                    _, x, _ = solver.step(f, x, t, dt)
+                x.sum().backward()
+                for p in field.parameters():
+                    p.data = p.data - 0.01 * p.grad
+            found.append([p.detach() for p in field.parameters()])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-12)

@@ -282,8 +282,8 @@ class VectorField:
         with torch.enable_grad():
             leaf = x if with_history and x.requires_grad else x.detach().requires_grad_()
             # A view, whose node is older than all that f makes.
-            argument = leaf.view_as(leaf)
-            if leaf is x:
+            argument = _GraphStart.apply(leaf) if with_history and leaf is not x else leaf.view_as(leaf)
+            if with_history:
                 leaf = argument
             if want_time:
                 t = t.detach().clone().requires_grad_()
@@ -396,6 +396,21 @@ class VectorField:
                 elif torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
+
+
+class _GraphStart(torch.autograd.Function):
+    """A state that needs no gradient, with a node: where a graph begins that is handed to the user.
+
+    A leaf in its place would be given a gradient; with `create_graph=True` that would lead back to the leaf, for ever.
+    """
+
+    @staticmethod
+    def forward(_: Any, leaf: Tensor) -> Tensor:
+        return leaf.view_as(leaf)
+
+    @staticmethod
+    def backward(_: Any, __: Tensor) -> None:
+        return None
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -230,16 +230,16 @@ class AdjointSteps:
             graph = StepGraph(field, solve.tableau, x, h, given)
         evaluate = _Evaluations(solve, with_loss, graph, t.requires_grad or dt.requires_grad, whole)
         begin = time.perf_counter()
-        if whole and field.report.is_seen and x.requires_grad:
-            x = x.view_as(x)  # where the step's graph ends, for its backward pass to be timed
         state, slope = (x, k1) if whole else (x.detach(), given)
+        if whole and field.report.is_seen and x.requires_grad:
+            state = x.view_as(x)  # where the step's graph ends, for its backward pass to be timed
         with torch.set_grad_enabled(whole):
             _, end, error, *more = super().step(  # type: ignore[misc]
                 evaluate, state, t.detach(), dt.detach(), k1=slope, args=args
             )
         error = error.detach() if isinstance(error, Tensor) else error  # the control of step sizes has no gradient
         if evaluate.whole:
-            return self._whole_step(solve, evaluate, x, end, error, more, begin)
+            return self._whole_step(solve, evaluate, state, end, error, more, begin)
         end, more = end.detach(), [tuple(stage.detach() for stage in stages) for stages in more]
         # Where the first slope was evaluated just before, or is the last one of the step that led here, it can be
         # evaluated again, unless f draws random numbers for it.
@@ -284,13 +284,14 @@ class AdjointSteps:
         """
         assert solve.field is not None
         if end.requires_grad:
-            addresses = solve.addresses = solve.addresses or Addresses(solve.field.used)
-            watch(end, x, solve.field.report, evaluate.count, addresses, solve.checkpoints.lend(evaluate.size))
+            lent = solve.checkpoints.lend(evaluate.size)
+            watch(end, x, solve.field.report, evaluate.count, Addresses(solve.field.used), lent)
         solve.note(time.perf_counter() - begin)
         if not more:
             return None, end, error
         (stages,) = more
         if solve.tableau is not None and solve.tableau.first_same_as_last:
+            stages = (*stages[:-1], stages[-1].view_as(stages[-1]))  # it may be a tensor of the user's that f returned
             stages[-1].symplectic_adjoint_state = weakref.ref(end)
         return stages[-1], end, error, stages
 
@@ -367,7 +368,6 @@ class Solve:
 
     Attributes:
         goes_on: whether a step's graph may go on behind the state at its start, so that nothing is put around it.
-        addresses: where the tensors are that f depends on, if a graph is to see that they are still there.
     """
 
     def __init__(self) -> None:
@@ -377,7 +377,6 @@ class Solve:
         self.tableau: ButcherTableau | None = None
         self.discovered = False
         self.goes_on = True
-        self.addresses: Addresses | None = None
         self.may_draw = True
         self.checkpoints = Checkpoints()
         self._stepper: Any = None
@@ -485,7 +484,7 @@ class _Evaluations:
                 slope = self.graph.evaluate(t.detach().clone(), argument, {})  # a copy: t may be changed in place
                 if not self.solve.checkpoints.has_room_for(self.graph):
                     self.graph = None
-        self.stages.append(x)
+        self.stages.append(x.detach())  # it has a history if the step's graph was given up
         return slope[:-1].view(x.shape) if self.with_loss else slope
 
     def _discover(self, field: VectorField, t: Tensor, x: Tensor, argument: Tensor) -> Tensor:
