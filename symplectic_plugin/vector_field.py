@@ -282,7 +282,10 @@ class VectorField:
         with torch.enable_grad():
             leaf = x if with_history and x.requires_grad else x.detach().requires_grad_()
             # A view, whose node is older than all that f makes.
-            argument = _GraphStart.apply(leaf) if with_history and leaf is not x else leaf.view_as(leaf)
+            argument = leaf.view_as(leaf)
+            if with_history and leaf is not x:
+                # Nor is there to be a gradient: with create_graph=True it would lead back to the leaf, for ever.
+                argument.grad_fn.register_hook(_no_gradient)  # type: ignore[union-attr]
             if with_history:
                 leaf = argument
             if want_time:
@@ -401,19 +404,9 @@ class VectorField:
             yield
 
 
-class _GraphStart(torch.autograd.Function):
-    """A state that needs no gradient, with a node: where a graph begins that is handed to the user.
-
-    A leaf in its place would be given a gradient; with `create_graph=True` that would lead back to the leaf, for ever.
-    """
-
-    @staticmethod
-    def forward(_: Any, leaf: Tensor) -> Tensor:
-        return leaf.view_as(leaf)
-
-    @staticmethod
-    def backward(_: Any, __: Tensor) -> None:
-        return None
+def _no_gradient(*_: Any) -> tuple[None]:
+    """A node's hook: nothing goes on behind it."""
+    return (None,)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
