@@ -170,6 +170,7 @@ class Pushforward:
                     tangent = forward_ad.unpack_dual(result).tangent
                 return torch.zeros_like(v) if tangent is None else tangent.detach()
             except (NotImplementedError, RuntimeError):
+                # Something in f has no forward mode: by two backward passes, which raise f's own errors if it has any.
                 self._transposed = self._transpose()
         u, product = self._transposed
         if not product.requires_grad:

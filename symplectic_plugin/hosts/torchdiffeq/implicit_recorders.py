@@ -18,9 +18,10 @@ from ...implicit.step_back import slopes_to_keep
 from ...implicit.tableaux import ImplicitMethod
 from ...trajectory import Step, TakeStep, Trajectory
 from ...vector_field import Evaluation
+from .adaptive import Adaptive
+from .fixed_grid import FixedGrid
 from .methods import hands_on_slope
 from .recorded_field import RecordedField
-from .recorders import Adaptive, FixedGrid
 from .times import StartingTime
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 
+from .adaptive import Adaptive
+from .fixed_grid import FixedGrid
 from .implicit import AdaptiveImplicit, FixedGridImplicit
 from .implicit_recorders import ImplicitAdaptive, ImplicitFixedGrid
-from .recorders import Adaptive, FixedGrid
 
 
 @functools.cache

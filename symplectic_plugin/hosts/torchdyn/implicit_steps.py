@@ -19,7 +19,8 @@ from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
 from ...vector_field import VectorField, require_slope
 from ...witness import refuse_transforms
 from .implicit import ImplicitSolver
-from .solver import AdjointSteps, Solve, StageTimes, require_size
+from .solve import Solve, StageTimes, require_size
+from .solver import AdjointSteps
 
 
 class ImplicitAdjointSteps(AdjointSteps):

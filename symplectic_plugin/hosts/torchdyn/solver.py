@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,25 +22,20 @@ from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
 from ...checkpoints import Checkpoints, Kept
-from ...compiled import Compiled, not_compiled
-from ...cotangents import NO_STAND_INS
-from ...randomness import Generators, GeneratorStates
-from ...report import new_report
-from ...saved import hooks_are_active
+from ...compiled import not_compiled
+from ...randomness import Generators
 from ...step_gradient import attach_step
 from ...step_graph import StepGraph
-from ...storage import storage
-from ...tableau import ButcherTableau, read_rounded_tableau
-from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
-from ...vector_field import Evaluation, VectorField, require_slope
+from ...tableau import read_rounded_tableau
+from ...trajectory import NoOutputs, Step, Trajectory
+from ...vector_field import require_slope
 from ...whole_graph import watch
 from ...witness import Addresses, refuse_transforms
 from . import step_sizes
 from .implicit import METHODS, ImplicitSolver
-from .methods import is_torchdyns, step_function, tableau_of
+from .methods import is_torchdyns, step_function
+from .solve import NAME, Evaluations, Solve, StageTimes, require_size
 from .step_sizes import SolverOrder
-
-_NAME = "symplectic_adjoint"
 
 
 class SymplecticAdjoint:
@@ -92,13 +86,13 @@ class SymplecticAdjoint:
         """Keep torchdyn's choice of the first step size out of gradients; offer multiple shooting with our steps."""
         step_sizes.install()
         for name, solver in list(MS_SOLVER_DICT.items()):
-            MS_SOLVER_DICT.setdefault(f"{_NAME}:{name}", functools.partial(_shooting_with_adjoint, solver))
+            MS_SOLVER_DICT.setdefault(f"{NAME}:{name}", functools.partial(_shooting_with_adjoint, solver))
 
     @classmethod
     def uninstall(cls) -> None:
         """Undo `install`."""
         step_sizes.uninstall()
-        for name in [name for name in MS_SOLVER_DICT if name.startswith(f"{_NAME}:")]:
+        for name in [name for name in MS_SOLVER_DICT if name.startswith(f"{NAME}:")]:
             del MS_SOLVER_DICT[name]
 
 
@@ -126,7 +120,7 @@ def with_adjoint(solver: Any, params: Iterable[Tensor] = ()) -> Any:
         solver = _implicit_euler(solver.dtype)
     if isinstance(solver, ParallelImplicitEuler):
         raise ValueError(
-            f"{_NAME}: torchdyn's {type(solver).__name__} minimises a residual and returns the result as a new leaf, "
+            f"{NAME}: torchdyn's {type(solver).__name__} minimises a residual and returns the result as a new leaf, "
             "so its step has no gradient (sensitivity='autograd' silently gives none either). Use another solver."
         )
     result = copy.copy(solver)
@@ -228,7 +222,7 @@ class AdjointSteps:
         plain = plain and not whole and t.dtype == dt.dtype == x.abs().dtype
         if plain and solve.checkpoints.wants_graphs(solve.tableau.stages):
             graph = StepGraph(field, solve.tableau, x, h, given)
-        evaluate = _Evaluations(solve, with_loss, graph, t.requires_grad or dt.requires_grad, whole)
+        evaluate = Evaluations(solve, with_loss, graph, t.requires_grad or dt.requires_grad, whole)
         begin = time.perf_counter()
         state, slope = (x, k1) if whole else (x.detach(), given)
         if whole and field.report.is_seen and x.requires_grad:
@@ -272,7 +266,7 @@ class AdjointSteps:
         return stages[-1], end, error, stages
 
     def _whole_step(
-        self, solve: Solve, evaluate: _Evaluations, x: Tensor, end: Tensor, error: Any, more: list[Any], begin: float
+        self, solve: Solve, evaluate: Evaluations, x: Tensor, end: Tensor, error: Any, more: list[Any], begin: float
     ) -> Any:
         """A step with its graph, which nothing has to be put around: as torchdyn returned it, but for the error.
 
@@ -298,7 +292,7 @@ class AdjointSteps:
     def _kept(
         self,
         solve: Solve,
-        evaluate: _Evaluations,
+        evaluate: Evaluations,
         trajectory: Trajectory,
         x: Tensor,
         slope: Tensor | None,
@@ -330,7 +324,7 @@ class AdjointSteps:
         """A step that is not a Runge-Kutta step: its graph is made again when its turn comes."""
         if self.loss is not None:
             raise ValueError(
-                f"{_NAME}: integral_loss needs a Runge-Kutta method, whose weights are its quadrature's; "
+                f"{NAME}: integral_loss needs a Runge-Kutta method, whose weights are its quadrature's; "
                 f"{type(self).__name__} is none. Use sensitivity='autograd'."
             )
         solve: Solve = self.__dict__["solve"]
@@ -344,193 +338,7 @@ class AdjointSteps:
         state = result[1]
         if isinstance(state, Tensor) and state.is_leaf and state.requires_grad:
             raise ValueError(
-                f"{_NAME}: the step of {type(self).__name__} returns a new leaf, so it has no gradient "
+                f"{NAME}: the step of {type(self).__name__} returns a new leaf, so it has no gradient "
                 "(sensitivity='autograd' silently gives none either). Use another solver."
             )
         return result
-
-
-def require_size(t: float, h: float, dtype: torch.dtype) -> None:
-    """Refuse a step with which a loop of torchdyn's with step control goes on for ever.
-
-    Raises:
-        ValueError: if its size h, of this dtype, is one.
-    """
-    if math.isnan(h) or not dtype.is_floating_point:
-        raise ValueError(
-            f"{_NAME}: a step at t = {t} is to have the size {h}, of {dtype}, with which torchdyn goes on for "
-            "ever: give floating-point times, and a vector field, initial state and tolerances that are finite"
-        )
-
-
-class Solve:
-    """What is known of the solve that a solver is taking steps of.
-
-    Attributes:
-        goes_on: whether a step's graph may go on behind the state at its start, so that nothing is put around it.
-    """
-
-    def __init__(self) -> None:
-        self.reported: Any = None
-        self.function: Any = None
-        self.field: VectorField | None = None
-        self.tableau: ButcherTableau | None = None
-        self.discovered = False
-        self.goes_on = True
-        self.may_draw = True
-        self.checkpoints = Checkpoints()
-        self._stepper: Any = None
-        self._slope_at_start: tuple[Any, Any] | None = None
-
-    def enter(self, solver: Any, f: Any, x: Any) -> None:
-        """Begin with a vector field."""
-        self.function = f
-        self.tableau = tableau_of(solver)
-        self.discovered = False
-        if self.tableau is not None and isinstance(x, Tensor):
-            function = Compiled(f, solver.compile) if solver.compile else f
-            function = function if solver.loss is None else _WithLoss(function, solver.loss, x.shape)
-            self.checkpoints = Checkpoints(solver.checkpoint, solver.memory_budget, storage(solver.offload, x.device))
-            if hooks_are_active():
-                self.checkpoints.only_states()
-            name = solver.name if isinstance(solver, ImplicitSolver) else solver.base.__name__
-            self.reported = new_report("torchdyn", name, self.checkpoints.policy)
-            self.field = VectorField(function, x.device, self.reported, solver.params)
-            self._stepper = copy.copy(solver)
-            self._stepper.__class__ = solver.base
-            self._stepper.__dict__.pop("solve")
-
-    def step_alone(self, t: Tensor, dt: Tensor, args: Any) -> TakeStep:
-        """The step from t of size dt, taken by torchdyn's own solver."""
-        stepper = self._stepper
-
-        def take_step(
-            f: Callable[..., Tensor], _: Step, state: Tensor, slope: Tensor | None
-        ) -> tuple[Tensor, Tensor | None]:
-            _, end, _, *more = stepper.step(f, state, t, dt, k1=slope, args=args)
-            return end, more[0][-1] if more else None
-
-        return take_step
-
-    def note(self, seconds: float) -> None:
-        """Take note of a step in the report."""
-        report, checkpoints = self.reported, self.checkpoints
-        report.accepted += 1
-        report.forward_seconds += seconds
-        report.checkpoint_bytes, report.graph_bytes = checkpoints.most_states, checkpoints.most_graphs
-        report.budget_bytes = checkpoints.budget
-
-    def note_slope_at_start(self, slope: Any, state: Tensor) -> None:
-        """Take note of a slope that was evaluated at a state, and will be handed to the step from there."""
-        if not isinstance(slope, Tensor):
-            return  # torchdyn, or the step, will say so
-        self._slope_at_start = weakref.ref(slope), weakref.ref(state)
-
-    def is_at_start(self, slope: Tensor | None, state: Tensor) -> bool:
-        """Whether the slope is the one that was noted, with this state."""
-        if slope is None or self._slope_at_start is None:
-            return False
-        return self._slope_at_start[0]() is slope and self._slope_at_start[1]() is state
-
-
-class _WithLoss:
-    """f and the integrand of a loss, as one vector field of the state, flattened, and the integral."""
-
-    def __init__(self, f: Any, loss: Any, shape: torch.Size) -> None:
-        self.f = f
-        self.loss = loss
-        self.shape = shape
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        state = x[:-1].view(self.shape)
-        slope = self.f(t, state)
-        return torch.cat([slope.reshape(-1), self.loss(t, state).sum().reshape(1).to(slope)])
-
-
-class _Evaluations:
-    """The vector field as a step calls it: without graphs, but for those that are kept or show what it depends on."""
-
-    def __init__(
-        self, solve: Solve, with_loss: bool, graph: StepGraph | None, want_time: bool, whole: bool = False
-    ) -> None:
-        self.solve = solve
-        self.with_loss = with_loss
-        self.want_time = want_time
-        self.draws: GeneratorStates | None = None
-        self.time_dtypes: list[torch.dtype] = []
-        self.stages: list[Tensor] = []
-        self.graph = graph
-        # Whether the step's graph goes on behind the state at its start; what its evaluations keep, and how many.
-        self.whole = whole
-        self.size = self.count = 0
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        self.time_dtypes.append(t.dtype)
-        field = self.solve.field
-        assert field is not None
-        field.report.evaluations += 1
-        argument = torch.cat([x.reshape(-1), x.new_zeros(1)]) if self.with_loss else x
-        if not self.solve.discovered:
-            slope = self._discover(field, t, x, argument)
-        else:
-            if field.draws and self.draws is None:
-                self.draws = field.generators.states()
-            if self.whole:
-                start = x.view_as(x)  # with a node, from which those of f are counted
-                return self._counted(field, Evaluation(x, t, start, {}, field.evaluate(t, start, {}, NO_STAND_INS)))
-            if self.graph is None:
-                slope = field(t, argument, {})
-            else:
-                slope = self.graph.evaluate(t.detach().clone(), argument, {})  # a copy: t may be changed in place
-                if not self.solve.checkpoints.has_room_for(self.graph):
-                    self.graph = None
-        self.stages.append(x.detach())  # it has a history if the step's graph was given up
-        return slope[:-1].view(x.shape) if self.with_loss else slope
-
-    def _discover(self, field: VectorField, t: Tensor, x: Tensor, argument: Tensor) -> Tensor:
-        """Evaluate f for the first time in a solve."""
-        solve = self.solve
-        assert solve.tableau is not None
-        before = field.generators.states()
-        evaluation = field.discover(t, argument, {}, self.want_time, with_history=self.whole)
-        self.draws = before if field.draws else None
-        solve.discovered = True
-        checkpoints, stages = solve.checkpoints, solve.tableau.stages
-        checkpoints.measure(field, evaluation, argument, stages, field.draws, outputs=2)
-        # Autograd sums in the parameters' precision: of half precision that is to be no long sum.
-        needed = argument.requires_grad or any(tensor.requires_grad for tensor in field.dependencies)
-        solve.goes_on = needed and all(tensor.element_size() >= 4 for tensor in field.dependencies)
-        self.whole = self.whole and solve.goes_on and checkpoints.may_lend(stages)
-        if self.whole:
-            return self._counted(field, evaluation)
-        wanted = not field.stand_ins and checkpoints.wants_graphs(stages)
-        if self.graph is not None and wanted and not self.graph.slopes:
-            self.graph.take(evaluation, field.stand_ins)
-        else:
-            self.graph = None
-        return evaluation.slope.detach()
-
-    def _counted(self, field: VectorField, evaluation: Evaluation) -> Tensor:
-        """The slope that was evaluated in a step with its graph."""
-        self.size += self.solve.checkpoints.bytes_of(field, evaluation)
-        self.count += 1
-        return evaluation.slope
-
-
-class StageTimes:
-    """The times that torchdyn hands to f in a step."""
-
-    def __init__(self, c: list[float], shape: torch.Size, dtypes: list[torch.dtype], device: torch.device) -> None:
-        self.c = c
-        self.shape = shape
-        self.dtypes = dtypes  # coefficients in double precision make a time of it of one in single precision
-        self.device = device
-
-    def __call__(self, steps: Sequence[Step]) -> list[list[Tensor]]:
-        return [
-            [
-                torch.full(self.shape, step.t0, dtype=dtype, device=self.device) + c * step.h
-                for c, dtype in zip(self.c, self.dtypes, strict=True)
-            ]
-            for step in steps
-        ]
