@@ -222,6 +222,15 @@ class TestMemory:
             peak, report = self.peak(method, 16, outputs, memory_budget=budget)
             assert peak <= budget, (factor, report)
 
+    @pytest.mark.parametrize("method", ["dopri5", "bosh3", "adaptive_heun"])
+    def test_nothing_is_evaluated_again_that_was_kept_in_more_than_one_graph(self, method) -> None:
+        least = least_budget(lambda budget: self.peak(method, 30, memory_budget=budget))
+        unlimited = self.peak(method, 30, memory_budget=10**12)[1]
+        # Of an adaptive solve no graph takes more than a quarter of the room.
+        report = self.peak(method, 30, memory_budget=least + 2 * unlimited.graph_bytes)[1]
+        assert f"graphs of {report.accepted} of {report.accepted} steps" in report.kept
+        assert report.recomputed == 0
+
     def test_without_a_budget_a_small_solve_keeps_all_graphs_and_a_large_one_does_not(self) -> None:
         assert self.peak("rk4", 20)[1].recomputed == 0
         peak, report = self.peak("rk4", 500)

@@ -218,6 +218,20 @@ class TestMixedPrecision:
         (gradient,) = torch.autograd.grad(y[-1].sum(), w)
         assert (gradient.double() - 1).abs().max() <= 0.01
 
+    @pytest.mark.parametrize("policy", ["auto", "stages", "steps"])
+    @pytest.mark.parametrize("method", ["euler", "rk4", "dopri5"])
+    def test_the_adjoint_of_a_half_precision_state_is_carried_in_a_wider_one(self, method, policy) -> None:
+        # In bfloat16 it would stay at 1: what each of a thousand steps adds is less than half of its last digit.
+        y0, t = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True), torch.tensor([0.0, 0.25, 0.5003, 1.0])
+        h = 2.0**-10
+        size = {"first_step": h, "max_step": h} if method == "dopri5" else {"step_size": h}
+        y = torchdiffeq.odeint(
+            lambda t, y: y, y0, t, method=f"symplectic_adjoint:{method}", options={"checkpoint": policy, **size}
+        )
+        (gradient,) = torch.autograd.grad(y.float().mean(0).sum(), y0)
+        expected = float(t.exp().mean())
+        assert (gradient.double() / expected - 1).abs().max() <= 0.01
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @every_solver
     def test_autocast_and_scaled_losses(self, solver, dtype) -> None:

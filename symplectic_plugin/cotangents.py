@@ -60,6 +60,12 @@ class StandIns:
 
 NO_STAND_INS = StandIns()
 
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which cotangents of a dtype are summed: a half-precision sum of many terms loses the small ones."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -117,9 +123,8 @@ class CotangentSums:
             grad = grad.to_dense() if grad.is_sparse else grad
             total = self._totals[i]
             if total is None:
-                # A copy, since autograd may hand out one tensor twice; and wide, since a half-precision sum of many
-                # terms loses the small ones.
-                self._totals[i] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+                # A copy, since autograd may hand out one tensor twice.
+                self._totals[i] = grad.to(wide(grad.dtype), copy=True)
             else:
                 totals.append(total)
                 addends.append(grad)

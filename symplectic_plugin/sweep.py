@@ -13,12 +13,12 @@ algorithm 2, with outputs inside steps and slopes handed on.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .cotangents import CotangentSums
+from .cotangents import CotangentSums, wide
 from .graphs import in_type_of
 from .implicit.step_back import ImplicitStepBack
 from .retake import Retaker
@@ -54,7 +54,7 @@ def sweep(
     back = _step_back(trajectory)(trajectory, field, sums, given, want_times, keep)
     places = trajectory.outputs
     times: list[StepTimes] = []
-    adjoint = torch.zeros_like(given[0])
+    adjoint = torch.zeros_like(given[0], dtype=wide(given.dtype))
     slope_cotangent: Tensor | None = None
     last = trajectory.tableau.stages - 1
     end = len(places)
@@ -84,7 +84,7 @@ def sweep(
     trajectory.checkpoints.end_of_recall()
     field.require_same(back.worst_deviation)
     # The first output is the initial state, and so is an event that is met at once.
-    adjoint = adjoint + given[: end + 1].sum(0)
+    adjoint = (adjoint + given[: end + 1].sum(0)).to(given.dtype)
     return adjoint, gathered(times[::-1], given) if want_times else None
 
 
@@ -199,7 +199,7 @@ class _StepBack:
         weighted = [False] * s if end == begin else (self.weights[begin:end] != 0).any(0).tolist()
         stage_times, keywords = self.retaker.stage_times(n), trajectory.stage_keywords(step)
         times = None if self.derivatives is None else StepTimes(given, self.theta, self.derivatives, begin, end)
-        start = state.to(adjoint.dtype)
+        start = state.to(given.dtype)
         # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
         stages = None if step.draws is not None or s > trajectory.tableau.stages else kept.stages
         handed_on = 1 if step.slope_handed_on else 0
@@ -214,18 +214,19 @@ class _StepBack:
         # together take the memory of s states, and X_i is formed from the slopes before it once more.
         xi: list[Tensor | None] = [None] * s
         first_slope_cotangent: Tensor | None = None
+        # rate is kappa_i / h, less phi: what the size of the step, which may be 0, acts through. Where that does not
+        # matter it is h times that.
+        scale = h if times is None else 1.0
         for i in reversed(range(s)):
-            # rate is kappa_i / h, less phi: what the size of the step, which may be 0, acts through.
-            rate = adjoint * b[i] if b[i] != 0 else None
+            rate = adjoint * (scale * b[i]) if b[i] != 0 else None
             for j in later[i]:
                 if (of_later := xi[j]) is not None:
-                    rate = of_later * a[j][i] if rate is None else rate.add_(of_later, alpha=a[j][i])
+                    weight = scale * a[j][i]
+                    rate = of_later * weight if rate is None else rate.add_(of_later, alpha=weight)
             if weighted[i]:
-                outside = _weighted(given, self.device_weights[begin:end, i])
+                outside = _weighted(given, self.device_weights[begin:end, i]).mul_(scale)
                 rate = outside if rate is None else rate.add_(outside)
-            kappa = rate
-            if rate is not None:
-                kappa = rate.mul_(h) if times is None else rate * h
+            kappa = rate * h if rate is not None and times is not None else rate
             if (phi := slope_cotangents.get(i)) is not None:
                 kappa = phi if kappa is None else kappa + phi
 
@@ -261,7 +262,8 @@ class _StepBack:
         self.following = None if kept.previous is None else state  # a step that follows no other may start elsewhere
         if end > begin:
             adjoint = adjoint + given.sum(0)
-        return _sum([adjoint, *xi]), first_slope_cotangent, times
+        moved = _sum(xi)  # first: each by itself would be rounded to the adjoint's last digit
+        return adjoint if moved is None else adjoint + moved, first_slope_cotangent, times
 
     def pull(
         self, n: int, end: int, adjoint: Tensor, slope_cotangents: Mapping[int, Tensor | None]
@@ -283,13 +285,20 @@ class _StepBack:
         if graph is None or graph.stand_ins is not self.sums.stand_ins or self.derivatives is not None:
             return None
         first, evaluated = n - graph.index, 0
-        outputs, cotangents = [graph.end], [adjoint]
+        is_wide = adjoint.dtype != self.given.dtype
+        while is_wide and end > 0 and places[end - 1][0] == n and self.is_end[end - 1]:
+            adjoint = adjoint + self.given[end]
+            end -= 1
+        # In half precision the graph, of this step alone, is to give what is added to the adjoint.
+        outputs: list[Tensor] = []
+        cotangents: list[Tensor] = []
 
         def add(output: Tensor, cotangent: Tensor) -> None:
             if output.requires_grad:
                 outputs.append(output)
                 cotangents.append(in_type_of(output, cotangent))
 
+        add(graph.moved if is_wide else graph.end, adjoint)
         for i, cotangent in slope_cotangents.items():
             if cotangent is not None:
                 add(graph.slopes[i], cotangent)
@@ -311,11 +320,13 @@ class _StepBack:
                 for i in (self.weights[begin:end] != 0).any(0).nonzero().flatten().tolist():
                     add(graph.slopes[i], _weighted(given, weights[:, i]).mul_(steps[j].h))
             end = begin
-        pulled = graph.pull(outputs, cotangents, self.sums, self.keep)
+        pulled = graph.pull(outputs, cotangents, self.sums, self.keep) if outputs else (None, None)
         if pulled is None:
             return None
         of_state, of_slope = pulled
         before = torch.zeros_like(adjoint) if of_state is None else of_state
+        if is_wide:
+            before = adjoint if of_state is None else adjoint + of_state
         report.vjps += evaluated
         self.following = None if trajectory.kept[first].previous is None else graph.leaf.detach()
         if of_slope is None or steps[first].slope_handed_on:
@@ -354,9 +365,15 @@ def _weighted(given: Tensor, weights: Tensor) -> Tensor:
     return torch.mv(given.reshape(len(given), shape.numel()).T, weights).view(shape)
 
 
-def _sum(terms: Sequence[Tensor | None]) -> Tensor:
-    """The sum of some of which the first is there."""
-    first, *others = [term for term in terms if term is not None]
-    for n, other in enumerate(others):
-        first = first.add_(other) if n else first + other
-    return first
+def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:
+    """The sum of those that are there."""
+    total: Tensor | None = None
+    is_new = False
+    for term in terms:
+        if term is None:
+            continue
+        if total is None:
+            total = term
+        else:
+            total, is_new = (total.add_(term) if is_new else total + term), True
+    return total

@@ -368,8 +368,8 @@ class VectorField:
         """
         replaced = sums.stand_ins.replaced
         if self._accumulators is None:
-            leaves = [tensor for tensor in self.used if tensor.is_leaf and tensor.requires_grad]
-            self._accumulators = {accumulator(tensor) for tensor in leaves}
+            used = [tensor for tensor in self.used if tensor.is_leaf and tensor.requires_grad]
+            self._accumulators = {accumulator(tensor) for tensor in used}
         found = graph_inputs(outputs, start, self._edges, () if sums.stand_ins else self._accumulators)
         if replaced and (not replaced.isdisjoint(found.edges) or not replaced.isdisjoint(map(id, found.leaves))):
             raise RuntimeError(

@@ -17,12 +17,14 @@ class PreparedTableau(_ButcherTableau):
     """A solver's tableau, as it holds it, with what a step makes of it anew each time.
 
     Attributes:
-        matrix: the rows of beta, filled up with zeros, shape (s, s) for s stages after the first.
+        weights: the rows of beta, one after the other.
+        lengths: theirs.
         at_end: whether each of those is at the step's end.
         last_is_end: whether the last one is the solution.
     """
 
-    matrix: Tensor
+    weights: Tensor
+    lengths: list[int]
     at_end: list[bool]
     last_is_end: bool
 
@@ -30,7 +32,8 @@ class PreparedTableau(_ButcherTableau):
     def of(cls, tableau: Any) -> PreparedTableau:
         """The same tableau, prepared."""
         result = cls(*tableau)
-        result.matrix = torch.nn.utils.rnn.pad_sequence(tableau.beta, batch_first=True)
+        result.weights = torch.cat(list(tableau.beta))
+        result.lengths = [len(row) for row in tableau.beta]
         result.at_end = (tableau.alpha == 1).tolist()
         result.last_is_end = bool(tableau.c_sol[-1] == 0 and (tableau.c_sol[:-1] == tableau.beta[-1]).all())
         return result
@@ -47,16 +50,17 @@ def runge_kutta_step(
     dtype = y0.abs().dtype
     t0, dt, t1 = t0.to(dtype), dt.to(dtype), t1.to(dtype)
     k = torch.empty(*f0.shape, len(tableau.at_end) + 1, dtype=y0.dtype, device=y0.device)
-    k.select(-1, 0).copy_(f0)
-    times, weights = (t0 + tableau.alpha * dt).unbind(), (tableau.matrix * dt).unbind()
+    columns = k.unbind(-1)
+    columns[0].copy_(f0)
+    times, weights = (t0 + tableau.alpha * dt).unbind(), (tableau.weights * dt).split(tableau.lengths)
     yi = y0
     for i, is_at_end in enumerate(tableau.at_end):
-        yi = y0 + torch.sum(k.narrow(-1, 0, i + 1) * weights[i].narrow(0, 0, i + 1), dim=-1).view_as(f0)
+        yi = y0 + torch.sum(k.narrow(-1, 0, i + 1) * weights[i], dim=-1)
         # At the end as seen from before it, in case of a discontinuity there.
         f = func(t1, yi, perturb=Perturb.PREV) if is_at_end else func(times[i], yi, perturb=Perturb.NONE)
-        k.select(-1, i + 1).copy_(f)
+        columns[i + 1].copy_(f)
     if not tableau.last_is_end:
-        yi = y0 + torch.sum(k * (dt * tableau.c_sol), dim=-1).view_as(f0)
+        yi = y0 + torch.sum(k * (dt * tableau.c_sol), dim=-1)
     return yi, k[..., -1], torch.sum(k * (dt * tableau.c_error), dim=-1), k
 
 

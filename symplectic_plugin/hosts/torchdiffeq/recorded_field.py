@@ -19,10 +19,10 @@ from ...vector_field import Evaluation, Keywords, VectorField
 
 
 class Unperturbed:
-    """The vector field without the outermost of torchdiffeq's wrappers, where that does nothing.
+    """The vector field without the outermost of torchdiffeq's wrappers, where times need no gradient.
 
-    It moves a time to its neighbour on request, and puts it into the state's precision, at a cost that a small network
-    feels.
+    That moves a time to its neighbour on request, and puts it into the state's precision, at a cost that a small
+    network feels.
     """
 
     def __init__(self, func: Any) -> None:
@@ -30,9 +30,12 @@ class Unperturbed:
         self.inner = func.base_func if type(func) is _PerturbFunc else func
 
     def __call__(self, t: Tensor, y: Tensor, perturb: Perturb = Perturb.NONE) -> Any:
-        if perturb is Perturb.NONE and (t.dtype == y.dtype or self.inner is self.func):
-            return self.inner(t, y)
-        return self.func(t, y, perturb=perturb)
+        is_wrapped = self.inner is not self.func
+        if perturb is Perturb.NONE:
+            return self.inner(t, y) if t.dtype == y.dtype or not is_wrapped else self.func(t, y)
+        if t.dtype != y.dtype or not is_wrapped or t.requires_grad:
+            return self.func(t, y, perturb=perturb)
+        return self.inner(torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1), y)
 
 
 class RecordedField:

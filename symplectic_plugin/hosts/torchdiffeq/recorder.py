@@ -11,6 +11,7 @@ from torch import Tensor
 from torchdiffeq._impl import misc
 
 from ...checkpoints import Checkpoints, Kept
+from ...cotangents import wide
 from ...graphs import depends_on_another
 from ...implicit.solve import ImplicitSolve
 from ...step_graph import StepGraph
@@ -95,8 +96,9 @@ class Recorder(ABC):
             solving = self.discovered(evaluation)
             slopes_kept = slope_kept or (handed_on and field.draws)
             checkpoints.measure(field, evaluation, self.y0, tableau.stages, slopes_kept, outputs, steps, solving)
-            # Within a graph autograd sums in the parameters' precision: of half precision that is to be no long sum.
-            self._links_graphs = may_link and all(tensor.element_size() >= 4 for tensor in field.dependencies)
+            # Within a graph autograd sums in the tensors' precision: of half precision that is to be no long sum.
+            summed = (self.y0, *field.dependencies)
+            self._links_graphs = may_link and all(wide(tensor.dtype) == tensor.dtype for tensor in summed)
             wanted = self._wants_graph()
             self.func.whole = self.func.whole and wanted and self._links_graphs and not field.left_out
             return wanted

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...checkpoints import Checkpoints
 from ...compiled import Compiled
-from ...cotangents import NO_STAND_INS
+from ...cotangents import NO_STAND_INS, wide
 from ...randomness import GeneratorStates
 from ...report import new_report
 from ...saved import hooks_are_active
@@ -175,9 +175,9 @@ class Evaluations:
         solve.discovered = True
         checkpoints, stages = solve.checkpoints, solve.tableau.stages
         checkpoints.measure(field, evaluation, argument, stages, field.draws, outputs=2)
-        # Autograd sums in the parameters' precision: of half precision that is to be no long sum.
+        # Autograd sums in the tensors' precision: of half precision that is to be no long sum.
         needed = argument.requires_grad or any(tensor.requires_grad for tensor in field.dependencies)
-        solve.goes_on = needed and all(tensor.element_size() >= 4 for tensor in field.dependencies)
+        solve.goes_on = needed and all(wide(x.dtype) == x.dtype for x in (argument, *field.dependencies))
         self.whole = self.whole and solve.goes_on and checkpoints.may_lend(stages)
         if self.whole:
             return self._counted(field, evaluation)
