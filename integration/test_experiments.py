@@ -29,10 +29,12 @@ from benchmarks.experiments.measure import Iteration, VectorField, relative_erro
 from benchmarks.experiments.methods import (  # noqa: E402
     BACKPROPAGATION,
     CONTINUOUS,
+    DEFAULT,
     EXACT,
     METHODS,
     PER_COMPONENT,
     PER_STEP,
+    STAGES_KEPT,
     SYMPLECTIC,
     Solve,
     Solver,
@@ -96,6 +98,8 @@ def test_quick_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         peaks = {row: methods[row]["peak_bytes"] for row in EXACT}
         assert min(peaks, key=peaks.__getitem__) == SYMPLECTIC
         assert methods[SYMPLECTIC]["evaluations"] > methods[PER_STEP]["evaluations"]
+        assert methods[STAGES_KEPT]["evaluations"] <= methods[PER_STEP]["evaluations"]
+        assert methods[DEFAULT]["evaluations"] <= methods[STAGES_KEPT]["evaluations"]
         assert methods[PER_COMPONENT]["evaluations"] == 2 * methods[BACKPROPAGATION]["evaluations"]
 
 

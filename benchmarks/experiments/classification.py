@@ -101,7 +101,7 @@ def draw(schemes: dict[str, Any]) -> Figure:
     for axis, (key, unit, title) in zip(axes, keys, strict=True):
         for place, row in enumerate(METHODS):
             heights = [figures[row][key] * unit for figures in schemes.values()]
-            axis.bar([x + 0.16 * (place - 2) for x in range(len(schemes))], heights, 0.15, label=row)
+            axis.bar([x + 0.12 * (place - 3) for x in range(len(schemes))], heights, 0.11, label=row)
         axis.set_title(title)
         axis.set_xticks(range(len(schemes)), list(schemes))
     axes[1].legend(fontsize="small")

@@ -136,7 +136,7 @@ def table(record: dict[str, Any]) -> str:
     rows = [
         [
             row, f"{one['test_loss']:.4f}", megabytes(one["peak_bytes"]), milliseconds(one["seconds"]),
-            error(one["gradient_error_float64"]), one["evaluations"], PAPERS_COST[row],
+            error(one["gradient_error_float64"]), one["evaluations"], PAPERS_COST.get(row, ""),
         ]
         for row, one in record["methods"].items()
     ]  # fmt: skip

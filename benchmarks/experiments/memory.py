@@ -53,7 +53,9 @@ class Field(VectorField):
 
 def table(points: list[dict[str, Any]]) -> str:
     columns = ["method", "the paper's", *(f"{point['steps']} steps" for point in points)]
-    rows = [[row, PAPERS_MEMORY[row], *(megabytes(point["peak_bytes"][row]) for point in points)] for row in METHODS]
+    rows = [
+        [row, PAPERS_MEMORY.get(row, ""), *(megabytes(point["peak_bytes"][row]) for point in points)] for row in METHODS
+    ]
     return markdown(columns, rows)
 
 

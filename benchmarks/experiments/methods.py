@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,14 +23,13 @@ from benchmarks.experiments.checkpointing import (
 
 Solve = Callable[[nn.Module, State, Tensor], State]
 
-# The scheme of the paper, whatever memory there is; without it, small solves would keep their graphs.
-SYMPLECTIC_OPTIONS: dict[str, Any] = {"checkpoint": "steps"}
 
-
-def odeint_symplectic_adjoint(f: nn.Module, y0: State, t: Tensor, *, method: str, options: dict, **given: Any) -> State:
+def odeint_symplectic_adjoint(
+    f: nn.Module, y0: State, t: Tensor, *, method: str, options: dict, checkpoint: str, **given: Any
+) -> State:
     """torchdiffeq's own odeint with the plugin's flag."""
     return torchdiffeq.odeint(
-        f, y0, t, method=f"symplectic_adjoint:{method}", options={**options, **SYMPLECTIC_OPTIONS}, **given
+        f, y0, t, method=f"symplectic_adjoint:{method}", options={**options, "checkpoint": checkpoint}, **given
     )
 
 
@@ -38,17 +38,24 @@ CONTINUOUS = "continuous adjoint"
 PER_COMPONENT = "checkpoint per component"
 PER_STEP = "checkpoint per step (ACA)"
 SYMPLECTIC = "symplectic adjoint"
+STAGES_KEPT = "symplectic adjoint, stages kept"
+DEFAULT = "symplectic adjoint, default"
 
 METHODS: dict[str, Callable[..., State]] = {
     CONTINUOUS: torchdiffeq.odeint_adjoint,
     BACKPROPAGATION: torchdiffeq.odeint,
     PER_COMPONENT: odeint_checkpoint_per_component,
     PER_STEP: odeint_checkpoint_per_step,
-    SYMPLECTIC: odeint_symplectic_adjoint,
+    # The scheme of Matsubara et al., whatever memory there is; PNODE's, which keeps what the stages are too; and what
+    # the flag alone does, which keeps graphs as far as 32 MiB go.
+    SYMPLECTIC: functools.partial(odeint_symplectic_adjoint, checkpoint="steps"),
+    STAGES_KEPT: functools.partial(odeint_symplectic_adjoint, checkpoint="stages"),
+    DEFAULT: functools.partial(odeint_symplectic_adjoint, checkpoint="auto"),
 }
 EXACT = [row for row in METHODS if row != CONTINUOUS]
+COMPETITORS = [PER_COMPONENT, PER_STEP]
 
-# What the paper gives for each row (Matsubara et al. 2021, Table 1): evaluations of one layer, with a backward pass
+# What the paper gives for its rows (Matsubara et al. 2021, Table 1): evaluations of one layer, with a backward pass
 # through it counted as one, for N steps (Ñ in the backward direction) of s stages, L layers and M components; and the
 # memory.
 PAPERS_COST = {

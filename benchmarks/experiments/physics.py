@@ -196,7 +196,8 @@ def table(records: dict[str, Any]) -> str:
     rows = [
         [
             record["name"], row, f"{one['rollout_mse']:.3g}", f"{one['energy_mse']:.3g}", megabytes(one["peak_bytes"]),
-            milliseconds(one["seconds"]), error(one["gradient_error_float64"]), one["evaluations"], PAPERS_COST[row],
+            milliseconds(one["seconds"]), error(one["gradient_error_float64"]), one["evaluations"],
+            PAPERS_COST.get(row, ""),
         ]
         for record in records.values() for row, one in record["methods"].items()
     ]  # fmt: skip

@@ -135,7 +135,7 @@ def table(data: dict[str, Any]) -> str:
         [
             name.upper() + (" (stand-in)" if figures["is_standin"] else ""), figures["components"], row,
             f"{one['test_loss']:.3f}", megabytes(one["peak_bytes"]), milliseconds(one["seconds"]),
-            error(one["gradient_error_float64"]), one["evaluations"], PAPERS_COST[row],
+            error(one["gradient_error_float64"]), one["evaluations"], PAPERS_COST.get(row, ""),
         ]
         for name, figures in data.items() for row, one in figures["methods"].items()
     ]  # fmt: skip
