@@ -178,7 +178,7 @@ class TestMemory:
     BATCH = 64
 
     def peak(
-        self, method: str, steps: int, outputs: int = 2, **options
+        self, method: str, steps: int, outputs: int = 2, of_times: bool = False, **options
     ) -> tuple[int, symplectic_plugin.report.SolveReport]:
         field, y0 = network(), torch.randn(self.BATCH, 8).requires_grad_()
         adaptive = method in ADAPTIVE
@@ -187,8 +187,8 @@ class TestMemory:
 
         def work() -> None:
             y = torchdiffeq.odeint(
-                lambda t, y: field(y), y0, torch.linspace(0, 1, outputs), method=f"{FLAG}:{method}", rtol=1e6, atol=1e6,
-                options=size | options,
+                lambda t, y: field(y) * torch.cos(t), y0, torch.linspace(0, 1, outputs, requires_grad=of_times),
+                method=f"{FLAG}:{method}", rtol=1e6, atol=1e6, options=size | options,
             )  # fmt: skip
             y[-1].sum().backward()
             y0.grad = None
@@ -200,13 +200,13 @@ class TestMemory:
         return peak, solves[0]
 
     @pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun"])
-    @pytest.mark.parametrize("steps", [10, 60])
-    def test_it_is_within_the_budget_from_the_least_to_enough_for_everything(self, method, steps) -> None:
-        least = least_budget(lambda budget: self.peak(method, steps, memory_budget=budget))
+    @pytest.mark.parametrize(("steps", "of_times"), [(10, False), (60, False), (10, True)])
+    def test_it_is_within_the_budget_from_the_least_to_enough_for_everything(self, method, steps, of_times) -> None:
+        least = least_budget(lambda budget: self.peak(method, steps, of_times=of_times, memory_budget=budget))
         recomputed = []
         for factor in (1, 1.5, 5, 1000):
             budget = int(least * factor)
-            peak, report = self.peak(method, steps, memory_budget=budget)
+            peak, report = self.peak(method, steps, of_times=of_times, memory_budget=budget)
             assert peak <= budget, (factor, report)
             recomputed.append(report.recomputed)
         assert recomputed == sorted(recomputed, reverse=True)
@@ -228,6 +228,15 @@ class TestMemory:
         unlimited = self.peak(method, 30, memory_budget=10**12)[1]
         # Of an adaptive solve no graph takes more than a quarter of the room.
         report = self.peak(method, 30, memory_budget=least + 2 * unlimited.graph_bytes)[1]
+        assert f"graphs of {report.accepted} of {report.accepted} steps" in report.kept
+        assert report.recomputed == 0
+
+    @pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
+    @pytest.mark.parametrize("why", ["of times", "step_t"])
+    def test_nor_that_of_steps_that_can_be_no_graph_themselves(self, method, why) -> None:
+        """Whose times have gradients, or are cut short."""
+        step_t = {"step_t": torch.tensor([0.45, 0.77])} if why == "step_t" and method != "rk4" else {}
+        report = self.peak(method, 30, outputs=4, of_times=why == "of times", **step_t)[1]
         assert f"graphs of {report.accepted} of {report.accepted} steps" in report.kept
         assert report.recomputed == 0
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .binomial import positions, reversed_states
+from .stage_graphs import StageGraphs
 from .step_graph import StepGraph
 from .storage import DeviceMemory, Storage
 from .vector_field import Evaluation, VectorField
@@ -33,6 +34,9 @@ SNAPSHOTS = 32
 _FEWEST = 3
 """With fewer states than this, the time grows beyond measure."""
 
+Graph = StepGraph | StageGraphs
+"""What may be kept of a step with its graph."""
+
 Advance = Callable[["Kept", Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """Takes a step again, without graphs: from the state and, where it was handed on, the slope at its start to those at
 its end."""
@@ -47,7 +51,7 @@ class Kept:
         slope: the slope there, if it was handed on and can't be evaluated again.
         stages: the states of its stages, the first of them left out; for an implicit method what they are made of, see
             `ImplicitSolve`.
-        graph: its graph.
+        graph: its graph, or those of its evaluations.
         step: whatever `Advance` knows the step by.
         end: the state at its end, as long as no step follows that keeps it.
 
@@ -66,7 +70,7 @@ class Kept:
         state: Tensor,
         slope: Tensor | None,
         stages: list[Tensor] | None,
-        graph: StepGraph | None,
+        graph: Graph | None,
         step: Any = None,
         end: Tensor | None = None,
     ) -> None:
@@ -199,11 +203,11 @@ class Checkpoints:
             if steps > snapshots:
                 self._positions = positions(steps, snapshots)
 
-    def size_of(self, graph: StepGraph) -> int:
+    def size_of(self, graph: Graph) -> int:
         """The bytes that a step's graph keeps, where evaluations that made as many nodes are taken to be as large."""
         return sum(self._sizes[nodes] for nodes in graph.nodes)
 
-    def has_room_for(self, graph: StepGraph) -> bool:
+    def has_room_for(self, graph: Graph) -> bool:
         """Whether a graph in the making can be kept, even if its latest evaluation is larger than those before."""
         if graph.nodes[-1] in self._sizes:
             return True

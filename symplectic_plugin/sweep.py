@@ -21,8 +21,11 @@ from torch import Tensor
 from .cotangents import CotangentSums, wide
 from .graphs import in_type_of
 from .implicit.step_back import ImplicitStepBack
+from .randomness import GeneratorStates
 from .retake import Retaker
 from .runge_kutta import combined
+from .stage_graphs import StageGraphs
+from .step_graph import StepGraph
 from .step_times import StepTimes, TimeCotangents, gathered, zero
 from .tableau import ButcherTableau
 from .trajectory import Trajectory
@@ -201,9 +204,14 @@ class _StepBack:
         times = None if self.derivatives is None else StepTimes(given, self.theta, self.derivatives, begin, end)
         start = state.to(given.dtype)
         # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
+        graphs = self._stage_graphs(n) if s == trajectory.tableau.stages else None
         stages = None if step.draws is not None or s > trajectory.tableau.stages else kept.stages
         handed_on = 1 if step.slope_handed_on else 0
-        if stages is None:
+        draws: Sequence[GeneratorStates | None]
+        slopes: list[Tensor | None]
+        if graphs is not None:
+            stages, slopes, draws = graphs.stages[1:], list(graphs.slopes), [step.draws_before(0)] * s
+        elif stages is None:
             slopes, draws = self.retaker.take(tableau, n, start, slope)
         else:
             slopes, draws = [None] * s, [None] * s
@@ -237,14 +245,17 @@ class _StepBack:
                 break
             if kappa is not None or (times is not None and times.needs_slope(i)):
                 at = stages[i - 1] if stages is not None and i > 0 else combined(start, a[i], slopes, h)
-                if (draw := draws[i]) is not None:
-                    field.generators.set(draw)
-                evaluation = field.differentiable(stage_times[i], at, keywords[i], times is not None, sums.stand_ins)
-                field.report.recomputed += 1
+                evaluation = graphs.evaluations[i] if graphs is not None else None
+                if evaluation is None:
+                    if (draw := draws[i]) is not None:
+                        field.generators.set(draw)
+                    want_time = times is not None
+                    evaluation = field.differentiable(stage_times[i], at, keywords[i], want_time, sums.stand_ins)
+                    field.report.recomputed += 1
                 slopes[i] = current = evaluation.slope.detach()
                 tau = None
                 if kappa is not None:
-                    xi[i], tau = field.vjp(evaluation, kappa, sums, times is not None)
+                    xi[i], tau = field.vjp(evaluation, kappa, sums, times is not None, graphs is not None and self.keep)
                     field.report.vjps += 1
                 del evaluation
                 if times is not None:
@@ -255,7 +266,7 @@ class _StepBack:
                     self._compare(trajectory.tableau, h, start, slopes)
                 slopes[i:] = []
 
-        if stages is not None:
+        if stages is not None and graphs is None:
             if handed_on and slopes[0] is None and s > 1 and h * a[1][0] != 0:
                 slopes[0] = (stages[0] - start) / (h * a[1][0])  # the second stage is made of it alone
             self._compare(tableau, h, start, slopes)
@@ -264,6 +275,12 @@ class _StepBack:
             adjoint = adjoint + given.sum(0)
         moved = _sum(xi)  # first: each by itself would be rounded to the adjoint's last digit
         return adjoint if moved is None else adjoint + moved, first_slope_cotangent, times
+
+    def _stage_graphs(self, n: int) -> StageGraphs | None:
+        """The graphs of step n's evaluations, if they were kept and can be used."""
+        graph = self.trajectory.kept[n].graph
+        # They end in the leaves that stood in for dependencies then.
+        return graph if isinstance(graph, StageGraphs) and graph.stand_ins is self.sums.stand_ins else None
 
     def pull(
         self, n: int, end: int, adjoint: Tensor, slope_cotangents: Mapping[int, Tensor | None]
@@ -281,8 +298,9 @@ class _StepBack:
         trajectory, field, report = self.trajectory, self.field, self.field.report
         steps, places = trajectory.steps, trajectory.outputs
         graph = trajectory.kept[n].graph
-        # It ends in the leaves that stood in for dependencies then.
-        if graph is None or graph.stand_ins is not self.sums.stand_ins or self.derivatives is not None:
+        if not isinstance(graph, StepGraph) or self.derivatives is not None:
+            return None
+        if graph.stand_ins is not self.sums.stand_ins:  # it ends in the leaves that stood in for dependencies then
             return None
         first, evaluated = n - graph.index, 0
         is_wide = adjoint.dtype != self.given.dtype
@@ -304,7 +322,7 @@ class _StepBack:
                 add(graph.slopes[i], cotangent)
         for j in range(n, first - 1, -1):
             graph = trajectory.kept[j].graph
-            assert graph is not None
+            assert isinstance(graph, StepGraph)
             evaluated += len(graph.nodes)
             while end > 0 and places[end - 1][0] == j and self.is_end[end - 1]:
                 add(graph.end, self.given[end])

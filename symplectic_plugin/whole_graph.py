@@ -33,7 +33,7 @@ def with_graph(solution: Tensor, trajectory: Trajectory, field: VectorField) -> 
     Returns:
         The same values, with their graph.
     """
-    graphs = [kept.graph for kept in trajectory.kept if kept.graph is not None]
+    graphs = [kept.graph for kept in trajectory.kept if isinstance(kept.graph, StepGraph)]
     origin: Any = graphs[0].origin
     places, ends = trajectory.outputs, trajectory.ends()
     with torch.enable_grad(), without_autocast(field.device):

@@ -25,8 +25,8 @@ class Adaptive(Recorder):
     rk_state: Any
     min_step: Tensor
     max_step: Tensor
-    step_t: Tensor
-    jump_t: Tensor
+    step_t: Any
+    jump_t: Any
     tableau: Any
 
     def begin(self, t: Tensor, recorded: bool) -> StartingTime:
@@ -34,6 +34,8 @@ class Adaptive(Recorder):
         self.tableau = PreparedTableau.of(self.tableau)
         if recorded:
             self.record(self.dtype, self.y0.abs().dtype, max(2, t.numel()))
+            # Where a step may be cut short, its size is not known when it begins, nor its graph made.
+            self.func.whole = self.func.whole and self.step_t is None and self.jump_t is None
         self._has_callback = self.has_callbacks("callback_step", "callback_accept_step", "callback_reject_step")
         self._slope_handed_on = False
         self._first_keywords: Mapping[str, Any] = {}

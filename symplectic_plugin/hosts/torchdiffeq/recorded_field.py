@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb, _PerturbFunc
 
+from ...checkpoints import Graph
 from ...cotangents import StandIns
 from ...randomness import GeneratorStates
 from ...runge_kutta import combined
@@ -60,10 +61,10 @@ class RecordedField:
         self.first: Evaluation | None = None
         self.stages: list[Any] = []
         self.expected = 0
-        self.graph: StepGraph | None = None
-        self.has_room_for: Callable[[StepGraph], bool] = lambda graph: True
+        self.graph: Graph | None = None
+        self.has_room_for: Callable[[Graph], bool] = lambda graph: True
 
-    def begin_step(self, evaluations: int, graph: StepGraph | None) -> None:
+    def begin_step(self, evaluations: int, graph: Graph | None) -> None:
         """Forget what was noted of the evaluations before."""
         self.evaluated_after_jump = False
         self.draws = None
@@ -92,7 +93,7 @@ class RecordedField:
         if self.on_discovery is not None:
             slopes.append(self._evaluate(times[0], y, keywords[0], True))
             self.stages.append(y)
-        if (graph := self.graph) is not None:
+        if isinstance(graph := self.graph, StepGraph):
             with torch.enable_grad():
                 for t, _, of_stage in stages[len(slopes) :]:
                     self._count()
@@ -132,7 +133,8 @@ class RecordedField:
         assert self.on_discovery is not None
         begin, self.on_discovery = self.on_discovery, None
         before = self.field.generators.states()
-        self.whole = self.whole and y.shape == self.initial.shape and y.data_ptr() == self.initial.data_ptr()
+        is_initial = y.shape == self.initial.shape and y.data_ptr() == self.initial.data_ptr()
+        self.whole = self.whole and is_initial and not self.want_time  # the graph of all steps has no times in it
         y = self.initial if self.whole else y
         evaluation = self.field.discover(t, y, keywords, self.want_time, self.whole)
         if self.field.draws:
@@ -151,7 +153,7 @@ class RecordedField:
             self.take_first(self.graph, evaluation)
         return slope.detach()
 
-    def take_first(self, graph: StepGraph, evaluation: Evaluation) -> None:
+    def take_first(self, graph: Graph, evaluation: Evaluation) -> None:
         """Have the graph of the first step begin with the first evaluation."""
         graph.take(evaluation, self._stand_ins_in(evaluation))
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl import misc
 
-from ...checkpoints import Checkpoints, Kept
+from ...checkpoints import Checkpoints, Graph, Kept
 from ...cotangents import wide
 from ...graphs import depends_on_another
 from ...implicit.solve import ImplicitSolve
+from ...stage_graphs import StageGraphs
 from ...step_graph import StepGraph
 from ...tableau import ButcherTableau
 from ...trajectory import Step, TakeStep, Trajectory
@@ -89,7 +90,7 @@ class Recorder(ABC):
         self._planned = steps
         slope_kept = self.trajectory.keeps_slope
         # Outputs may be made of slopes that are in no graph.
-        may_link = self.is_own and not dense.end_stage
+        may_link = self.is_own and not dense.end_stage and wide(self.y0.dtype) == self.y0.dtype
         self.func.whole = may_link and checkpoints.storage.on_device and self._wants_graph()
 
         def begin(evaluation: Evaluation) -> bool:
@@ -97,8 +98,7 @@ class Recorder(ABC):
             slopes_kept = slope_kept or (handed_on and field.draws)
             checkpoints.measure(field, evaluation, self.y0, tableau.stages, slopes_kept, outputs, steps, solving)
             # Within a graph autograd sums in the tensors' precision: of half precision that is to be no long sum.
-            summed = (self.y0, *field.dependencies)
-            self._links_graphs = may_link and all(wide(tensor.dtype) == tensor.dtype for tensor in summed)
+            self._links_graphs = may_link and all(wide(x.dtype) == x.dtype for x in field.dependencies)
             wanted = self._wants_graph()
             self.func.whole = self.func.whole and wanted and self._links_graphs and not field.left_out
             return wanted
@@ -121,8 +121,6 @@ class Recorder(ABC):
 
     def _wants_graph(self) -> bool:
         assert self.trajectory is not None
-        if self.func.want_time:
-            return False  # it has no times in it
         remaining = 0 if self._planned is None else self._planned - len(self.trajectory.steps) - 1
         return self.checkpoints.wants_graphs(self._evaluations, remaining)
 
@@ -137,10 +135,14 @@ class Recorder(ABC):
         """
         if (trajectory := self.trajectory) is None:
             return
-        func, graph = self.func, None
-        if h is not None and self._wants_graph():
-            before = self._graph_before() if follows else None
-            graph = StepGraph(func.field, trajectory.tableau, start, float(h), first_slope, before)
+        func, before = self.func, None
+        graph: Graph | None = None
+        if self._wants_graph():
+            if h is None or func.want_time:
+                graph = StageGraphs(func.field, start, first_slope, func.want_time)
+            else:
+                before = self._graph_before() if follows else None
+                graph = StepGraph(func.field, trajectory.tableau, start, float(h), first_slope, before)
             if first_slope is not None and before is not None:
                 before.end_as(start)
             elif first_slope is not None and func.first is not None:
@@ -151,7 +153,7 @@ class Recorder(ABC):
         """The graph of the step before, if this step's is to go on from it."""
         assert self.trajectory is not None
         graph = self.trajectory.kept[-1].graph
-        if graph is None or not self._links_graphs:
+        if not isinstance(graph, StepGraph) or not self._links_graphs:
             return None
         # Where it is known how many steps there will be, the graphs of all of them fit.
         return graph if self._planned is not None or self.checkpoints.may_go_on(graph) else None
@@ -169,7 +171,7 @@ class Recorder(ABC):
         assert trajectory is not None
         stages: list[Tensor] | None = None
         graph, size = func.graph, 0
-        if func.whole and (graph is None or (graph.before is None and trajectory.kept)):
+        if func.whole and (not isinstance(graph, StepGraph) or (graph.before is None and trajectory.kept)):
             self._give_up_whole_graph(trajectory)
         if graph is not None:
             state = state if graph.before is None else graph.origin.detach()  # the same, which the graph has anyway

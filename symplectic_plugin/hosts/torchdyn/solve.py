@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints import Checkpoints
+from ...checkpoints import Checkpoints, Graph
 from ...compiled import Compiled
 from ...cotangents import NO_STAND_INS, wide
 from ...randomness import GeneratorStates
 from ...report import new_report
 from ...saved import hooks_are_active
-from ...step_graph import StepGraph
+from ...stage_graphs import StageGraphs
 from ...storage import storage
 from ...tableau import ButcherTableau
 from ...trajectory import Step, TakeStep
@@ -129,7 +129,7 @@ class Evaluations:
     """The vector field as a step calls it: without graphs, but for those that are kept or show what it depends on."""
 
     def __init__(
-        self, solve: Solve, with_loss: bool, graph: StepGraph | None, want_time: bool, whole: bool = False
+        self, solve: Solve, with_loss: bool, graph: Graph | None, want_time: bool, whole: bool = False
     ) -> None:
         self.solve = solve
         self.with_loss = with_loss
@@ -182,7 +182,10 @@ class Evaluations:
         if self.whole:
             return self._counted(field, evaluation)
         wanted = not field.stand_ins and checkpoints.wants_graphs(stages)
-        if self.graph is not None and wanted and not self.graph.slopes:
+        if wanted and isinstance(self.graph, StageGraphs):
+            self.graph.stand_ins = field.stand_ins
+            self.graph.add(evaluation)
+        elif wanted and self.graph is not None and not self.graph.slopes:
             self.graph.take(evaluation, field.stand_ins)
         else:
             self.graph = None

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
-from ...checkpoints import Checkpoints, Kept
+from ...checkpoints import Checkpoints, Graph, Kept
 from ...compiled import not_compiled
 from ...randomness import Generators
+from ...stage_graphs import StageGraphs
 from ...step_gradient import attach_step
 from ...step_graph import StepGraph
 from ...tableau import read_rounded_tableau
@@ -215,14 +216,17 @@ class AdjointSteps:
             require_size(t0, h, dt.dtype)
         field, with_loss = solve.field, self.loss is not None
         given = None if k1 is None else require_slope(k1, x).detach()
-        graph: StepGraph | None = None
-        # There are no times in a graph of ours, nor coefficients as one step rounds them.
-        plain = not with_loss and not t.requires_grad and not dt.requires_grad
-        whole = plain and solve.goes_on and solve.checkpoints.may_lend(solve.tableau.stages)
-        plain = plain and not whole and t.dtype == dt.dtype == x.abs().dtype
-        if plain and solve.checkpoints.wants_graphs(solve.tableau.stages):
+        graph: Graph | None = None
+        want_time, wanted = t.requires_grad or dt.requires_grad, solve.checkpoints.wants_graphs(solve.tableau.stages)
+        whole = not (with_loss or want_time) and solve.goes_on and solve.checkpoints.may_lend(solve.tableau.stages)
+        # There are no times in a step's graph of ours, nor coefficients as one step rounds them.
+        if whole or with_loss or not wanted:
+            pass
+        elif not want_time and t.dtype == dt.dtype == x.abs().dtype:
             graph = StepGraph(field, solve.tableau, x, h, given)
-        evaluate = Evaluations(solve, with_loss, graph, t.requires_grad or dt.requires_grad, whole)
+        else:
+            graph = StageGraphs(field, x.detach(), given, want_time)
+        evaluate = Evaluations(solve, with_loss, graph, want_time, whole)
         begin = time.perf_counter()
         state, slope = (x, k1) if whole else (x.detach(), given)
         if whole and field.report.is_seen and x.requires_grad:
