@@ -216,7 +216,7 @@ def pnode_claim(records: dict[str, Any]) -> tuple[str, str, str]:
     )
     holds = sum(ratio > 1 for ratio in continuous.values())
     return (
-        "PNODE's “up to two times faster than the vanilla neural ODE”, of its scheme here",
+        "faster than the vanilla neural ODE, PNODE says “up to two times”, with its scheme",
         verdict(holds, len(continuous)),
         evidence,
     )

@@ -152,7 +152,7 @@ def draw(data: dict[str, Any]) -> Figure:
             below.plot(figures["losses"][row], label=row, linewidth=1)
         above.set(title=f"{name.upper()}, M = {figures['components']}", xlabel="ms per iteration", ylabel="peak MB")
         below.set(xlabel="iteration", ylabel="NLL, nats")
-    axes[0, 0].legend(fontsize="x-small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
