@@ -10,6 +10,7 @@ import runpy
 import struct
 import sys
 from collections.abc import Iterator
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
 
 from benchmarks.experiments import image_data, report, tabular_data  # noqa: E402
-from benchmarks.experiments.command import RESULTS  # noqa: E402
+from benchmarks.experiments.command import RESULTS, begin  # noqa: E402
 from benchmarks.experiments.measure import Iteration, VectorField, relative_error  # noqa: E402
 from benchmarks.experiments.methods import (  # noqa: E402
     BACKPROPAGATION,
@@ -114,6 +115,19 @@ def check_memory(points: list[dict[str, Any]]) -> None:
     for point in points:
         peaks = point["peak_bytes"]
         assert peaks[SYMPLECTIC] < peaks[PER_STEP] < peaks[PER_COMPONENT] < peaks[BACKPROPAGATION]
+
+
+def test_the_results_of_other_data_have_a_name_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"images": {"choices": image_data.NAMES}, "batch": {"type": int}}
+    for data, expected in (("", "images"), ("digits", "images"), ("mnist", "images-mnist")):
+        chosen = ["--images", data] if data else []
+        monkeypatch.setattr(sys, "argv", ["images", "--output", str(tmp_path), "--batch", "3", *chosen])
+        run = begin("images", None, **options)
+        assert run.of(run.arguments.images, "digits") == (data or "digits")
+        assert run.with_arguments(make_dataclass("Size", ["batch"])(16), "batch").batch == 3
+        run.save({}, "| a table |")
+        assert (tmp_path / f"{expected}.json").is_file()
+    assert list(report.read(tmp_path)) == ["images", "images-mnist"]
 
 
 def test_the_page_is_made_of_the_results() -> None:

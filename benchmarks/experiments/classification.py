@@ -28,7 +28,7 @@ SCHEMES = ("euler", "midpoint", "bosh3", "rk4", "dopri5")
 
 @dataclass(frozen=True)
 class Size:
-    """Images, the network's channels, steps of each block, batch, epochs; largest number of training images."""
+    """Images, the network's channels, steps of each block, batch, epochs; most images to train on and to test with."""
 
     data: str
     schemes: tuple[str, ...]
@@ -36,14 +36,15 @@ class Size:
     steps: int
     batch: int
     epochs: int
-    images: int
+    examples: int
+    tested: int
     rounds: int
 
 
 SIZES = {
-    QUICK: Size("digits", ("midpoint", "dopri5"), 8, 2, 32, 1, 64, 1),
-    REDUCED: Size("digits", SCHEMES, 16, 4, 100, 3, 1500, 5),
-    FULL: Size("fashion-mnist", SCHEMES, 64, 8, 256, 100, 60_000, 5),
+    QUICK: Size("digits", ("midpoint", "dopri5"), 8, 2, 32, 1, 64, 297, 1),
+    REDUCED: Size("digits", SCHEMES, 16, 4, 100, 3, 1500, 297, 5),
+    FULL: Size("fashion-mnist", SCHEMES, 64, 8, 256, 100, 60_000, 10_000, 5),
 }
 
 
@@ -114,13 +115,15 @@ def main() -> None:
         __doc__,
         data={"type": Path, "help": f"a directory with IDX files (default: below {image_data.DEBIAN})"},
         images={"choices": image_data.NAMES, "help": "default: digits; fashion-mnist with --full"},
+        epochs={"type": int, "help": "how often the network sees every image"},
+        examples={"type": int, "help": "most images to train on"},
     )
-    size = SIZES[run.size]
-    images, line = image_data.load(run.arguments.images or size.data, run.arguments.data)
+    size = run.with_arguments(SIZES[run.size], "epochs", "examples")
+    images, line = image_data.load(run.of(run.arguments.images, size.data), run.arguments.data)
     run.show(line)
     white = images.levels - 1
-    seen, labels = images.train[: size.images].to(run.device) / white, images.train_labels.to(run.device)
-    unseen, unseen_labels = images.test.to(run.device) / white, images.test_labels.to(run.device)
+    seen, labels = images.train[: size.examples].to(run.device) / white, images.train_labels.to(run.device)
+    unseen, unseen_labels = (x[: size.tested].to(run.device) for x in (images.test / white, images.test_labels))
     torch.manual_seed(run.seed)
     network = ODENet(size.channels).to(run.device)
     per_epoch = len(seen) // size.batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,17 @@ class Run:
 
     def show(self, text: str) -> None:
         print(text, flush=True)
+
+    def of(self, data: str | None, default: str) -> str:
+        """The name of the data to use; the results of others than the default ones get names of their own."""
+        if data not in (None, default):
+            self.name += f"-{data}"
+        return data or default
+
+    def with_arguments(self, size: Any, *options: str) -> Any:
+        """A size's settings, but for those of these options that were given."""
+        given = {option: getattr(self.arguments, option) for option in options}
+        return replace(size, **{option: value for option, value in given.items() if value is not None})
 
     def draw(self, figure: Figure, suffix: str = "") -> None:
         """Save a picture."""

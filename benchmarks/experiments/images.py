@@ -169,9 +169,11 @@ def main() -> None:
         __doc__,
         data={"type": Path, "help": f"a directory with IDX files (default: below {image_data.DEBIAN})"},
         images={"choices": image_data.NAMES, "help": "default: digits; mnist with --full"},
+        batch={"type": int, "help": "images of a training iteration"},
+        iterations={"type": int, "help": "training iterations"},
     )
-    size = SIZES[run.size]
-    images, line = image_data.load(run.arguments.images or size.data, run.arguments.data)
+    size = run.with_arguments(SIZES[run.size], "batch", "iterations")
+    images, line = image_data.load(run.of(run.arguments.images, size.data), run.arguments.data)
     run.show(line)
     pixels, unseen = images.train.to(run.device), images.test[: size.tested].to(run.device)
     torch.manual_seed(run.seed)

@@ -68,7 +68,8 @@ SECTIONS = {
     ),
     "classification": (
         "Image classification",
-        "{data}. An ODE-Net with {blocks} convolutional ODE blocks of {steps} equal steps each, {epochs} epochs. "
+        "{data}, {training_images} of them used. An ODE-Net with {blocks} convolutional ODE blocks of {steps} equal "
+        "steps each; batches of {batch}; epochs: {epochs}. "
         "PNODE's ratios are of its own discrete adjoint, with a larger network on CIFAR-10 and a GPU: they show what "
         "it claims, and are no measure of ours.",
     ),
@@ -77,20 +78,29 @@ SECTIONS = {
 
 def read(results: Path) -> dict[str, Any]:
     """Of the experiments that have been run."""
-    paths = {name: results / f"{name}.json" for name in SECTIONS}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    paths = [path for name in SECTIONS for path in (results / f"{name}.json", *sorted(results.glob(f"{name}-*.json")))]
+    return {path.stem: json.loads(path.read_text()) for path in paths if path.is_file()}
+
+
+def split(name: str) -> tuple[str, str]:
+    """An experiment, and the data that it was run on, empty for the default ones."""
+    experiment, _, data = name.partition("-")
+    return experiment, data
 
 
 def comparisons(records: dict[str, Any]) -> Iterator[tuple[str, Figures]]:
     """Every comparison at one setting, with its name."""
     for name, figures in records.get("tabular", {"data": {}})["data"].items():
         yield name.upper(), figures["methods"]
-    if "images" in records:
-        yield "images", records["images"]["methods"]
+    for name in records:
+        if split(name)[0] == "images":
+            yield name.replace("-", ", ", 1), records[name]["methods"]
     for figures in records.get("physics", {"systems": {}})["systems"].values():
         yield figures["name"], figures["methods"]
-    for scheme, methods in records.get("classification", {"schemes": {}})["schemes"].items():
-        yield f"classification, {scheme}", methods
+    for name in records:
+        if split(name)[0] == "classification":
+            for scheme, methods in records[name]["schemes"].items():
+                yield f"{name.replace('-', ', ', 1)}, {scheme}", methods
 
 
 def verdict(holds: int, of: int) -> str:
@@ -318,15 +328,18 @@ def page(records: dict[str, Any], results: Path) -> str:
         f"Over all comparisons, the largest gradient error of an exact method in float64 is {exact:.0e}, and the "
         f"median time of the continuous adjoint is {median:.2f} times the symplectic adjoint's.",
     ]  # fmt: skip
-    for name, (title, text) in SECTIONS.items():
-        if name not in records:
+    for experiment, (title, text) in SECTIONS.items():
+        if experiment not in records:
             lines += ["", f"## {title}", "", "Not run yet."]
-            continue
-        lines += [
-            "", f"## {title}", "", text.format(**settings(name, records[name])), "",
-            f"![{title}]({relative}/{name}.png)", "", (results / f"{name}.md").read_text().rstrip(),
-            *beside_ours(name, records[name]),
-        ]  # fmt: skip
+        for name, record in records.items():
+            if split(name)[0] != experiment:
+                continue
+            heading = ": ".join(filter(None, (title, split(name)[1])))
+            lines += [
+                "", f"## {heading}", "", text.format(**settings(experiment, record)), "",
+                f"![{heading}]({relative}/{name}.png)", "", (results / f"{name}.md").read_text().rstrip(),
+                *beside_ours(experiment, record),
+            ]  # fmt: skip
     lines += ["", "## Settings and their sources", "", markdown(["settings", "source"], paper.SOURCES)]
     return "\n".join(lines) + "\n"
 
