@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import Kept
+from .kept import Kept
 from .randomness import GeneratorStates
 from .runge_kutta import combined
 from .tableau import ButcherTableau

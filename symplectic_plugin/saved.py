@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .checkpoints import Kept
+from .kept import Kept
 
 
 def graph_is_kept() -> bool:

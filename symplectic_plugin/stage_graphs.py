@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .cotangents import StandIns
-from .vector_field import Evaluation, Keywords, VectorField
+from .evaluation import Evaluation, Keywords
+from .vector_field import VectorField
 
 
 class StageGraphs:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import Kept
 from .cotangents import CotangentSums
+from .kept import Kept
 from .replay import Times, replay
 from .report import timed
 from .retake import advance

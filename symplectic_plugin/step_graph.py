@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .cotangents import NO_STAND_INS, CotangentSums, StandIns
+from .evaluation import Evaluation, Keywords
 from .graphs import nodes_between, vjp
 from .runge_kutta import combined
 from .tableau import ButcherTableau
-from .vector_field import Evaluation, Keywords, VectorField
+from .vector_field import VectorField
 
 
 class StepGraph:

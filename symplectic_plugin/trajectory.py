@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoints, Kept
+from .checkpoints import Checkpoints
 from .implicit.solve import ImplicitSolve
+from .kept import Kept
 from .randomness import GeneratorStates
 from .tableau import ButcherTableau
 

@@ -5,70 +5,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autocast import Autocast
 from .cotangents import CotangentSums, StandIns
 from .dependencies import Held, has_hooks
+from .evaluation import Evaluation, Keywords
 from .graphs import (
     accumulator,
     edge_of,
     graph_inputs,
     in_type_of,
     is_alive,
-    nodes_between,
     referenced,
-    saved_storages,
     vjp,
 )
 from .randomness import Generators
 from .report import SolveReport
 
-Keywords = Mapping[str, Any]
-
 _NOTHING_HELD = Held(None)
-_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-
-@dataclass(slots=True, eq=False)
-class Evaluation:
-    """One evaluation of f, with its graph.
-
-    Args:
-        leaf: the state, where the graph ends, or where that of the state begins.
-        time: the time, where the graph ends if a gradient of times is wanted.
-        argument: the state as f was handed it.
-        keywords: what else f was handed.
-        slope: what it returned.
-    """
-
-    leaf: Tensor
-    time: Tensor
-    argument: Tensor
-    keywords: Keywords
-    slope: Tensor
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes it made in this thread."""
-        return nodes_between(self.argument, self.slope)
-
-    def storages(self, behind: Iterable[Any] = ()) -> dict[int, int]:
-        """The memory that it holds: the size in bytes of each storage, by its address.
-
-        Args:
-            behind: nodes of the graph that are not its own.
-        """
-        storages = saved_storages(self.slope, (self.argument.grad_fn, *behind))
-        if self.slope.layout is torch.strided:
-            storages[self.slope.untyped_storage().data_ptr()] = self.slope.untyped_storage().nbytes()
-        if self.leaf.layout is torch.strided:  # it may be a view of something larger, which is there anyway
-            storages[self.leaf.untyped_storage().data_ptr()] = self.leaf.numel() * self.leaf.element_size()
-        return storages
 
 
 class VectorField:
@@ -113,11 +72,7 @@ class VectorField:
         self._lasting: set[int] = set()
         self._only = only
         self._held = _NOTHING_HELD
-        self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in {"cpu", device.type}
-            if torch.amp.is_autocast_available(kind)
-        ]
+        self._autocast = Autocast(device)
         self._leaves = {id(tensor) for tensor in self.dependencies if tensor.is_leaf}
         self._edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
 
@@ -257,7 +212,7 @@ class VectorField:
 
     def __call__(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         """The slope f(t, x), without a graph."""
-        with torch.no_grad(), self._forward_autocast():
+        with torch.no_grad(), self._autocast.again():
             return self._checked(self.function(t.detach(), x.detach(), **keywords), x).detach()
 
     def differentiable(
@@ -295,7 +250,7 @@ class VectorField:
 
     def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, stand_ins: StandIns) -> Tensor:
         """The slope f(t, x), where grad is enabled, with its graph back to t, x and the dependencies or stand-ins."""
-        with self._forward_autocast(), stand_ins.substitution():
+        with self._autocast.again(), stand_ins.substitution():
             return self._checked(self.function(t, x, **keywords), x)
 
     def _checked(self, slope: Any, x: Tensor) -> Tensor:
@@ -386,36 +341,10 @@ class VectorField:
         """A context in which f holds what it held on the way forward."""
         return self._held.restored()
 
-    def _forward_autocast(self) -> contextlib.AbstractContextManager[None]:
-        """The autocast state of the forward pass, without its cache, which may hold casts that have no graph."""
-        for kind, enabled, _ in self._autocast:
-            if enabled or torch.is_autocast_enabled(kind):
-                return self._autocast_again()
-        return _NOTHING
-
-    @contextlib.contextmanager
-    def _autocast_again(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self._autocast:
-                if enabled:
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
-                elif torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-
 
 def _no_gradient(*_: Any) -> tuple[None]:
     """A node's hook: nothing goes on behind it."""
     return (None,)
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context for the sweep's own arithmetic, which must not be done in half precision."""
-    return (
-        torch.autocast(device.type, enabled=False)
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        else contextlib.nullcontext()
-    )
 
 
 def require_slope(slope: Any, x: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .checkpoints import Lent
 from .graphs import mark_as_solve
 from .report import SolveReport
 from .step_graph import StepGraph
 from .trajectory import Trajectory
-from .vector_field import VectorField, without_autocast
+from .vector_field import VectorField
 from .witness import Addresses
 
 

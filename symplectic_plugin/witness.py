@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .cotangents import CotangentSums
-from .vector_field import VectorField, without_autocast
+from .vector_field import VectorField
 
 
 def refuse_transforms() -> None:

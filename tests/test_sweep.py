@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symplectic_plugin import ButcherTableau
-from symplectic_plugin.checkpoints import Checkpoints, Kept
+from symplectic_plugin.checkpoints import Checkpoints
 from symplectic_plugin.cotangents import CotangentSums
+from symplectic_plugin.kept import Kept
 from symplectic_plugin.report import SolveReport
 from symplectic_plugin.step_graph import StepGraph
 from symplectic_plugin.sweep import sweep

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..cotangents import CotangentSums, StandIns
-from ..vector_field import Evaluation, VectorField
+from ..evaluation import Evaluation
+from ..vector_field import VectorField
 from .newton import NewtonOptions
 from .stage_field import GraphOf, Layout, Linearized, StageField, rows_at_a_time
 from .step import ImplicitSteps, StepFields, TakenStep

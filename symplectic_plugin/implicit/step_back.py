@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import Kept
 from ..cotangents import CotangentSums
+from ..kept import Kept
 from ..retake import Retaker
 from ..step_times import StepTimes, zero
 from ..trajectory import Trajectory

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...evaluation import Evaluation
 from ...implicit.solve import ImplicitSolve, require_exact
 from ...implicit.step import ImplicitSteps, StepFields, TakenStep
 from ...implicit.step_back import slopes_to_keep
 from ...implicit.tableaux import ImplicitMethod
 from ...trajectory import Step, TakeStep, Trajectory
-from ...vector_field import Evaluation
 from .adaptive import Adaptive
 from .fixed_grid import FixedGrid
 from .methods import hands_on_slope

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb, _PerturbFunc
 
-from ...checkpoints import Graph
 from ...cotangents import StandIns
+from ...evaluation import Evaluation, Keywords
+from ...kept import Graph
 from ...randomness import GeneratorStates
 from ...runge_kutta import combined
 from ...step_graph import StepGraph
 from ...tableau import ButcherTableau
 from ...trajectory import Step
-from ...vector_field import Evaluation, Keywords, VectorField
+from ...vector_field import VectorField
 
 
 class Unperturbed:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl import misc
 
-from ...checkpoints import Checkpoints, Graph, Kept
+from ...checkpoints import Checkpoints
 from ...cotangents import wide
+from ...evaluation import Evaluation
 from ...graphs import depends_on_another
 from ...implicit.solve import ImplicitSolve
+from ...kept import Graph, Kept
 from ...stage_graphs import StageGraphs
 from ...step_graph import StepGraph
 from ...tableau import ButcherTableau
 from ...trajectory import Step, TakeStep, Trajectory
-from ...vector_field import Evaluation
 from .methods import hands_on_slope, read_dense_output, read_method
 from .recorded_field import RecordedField
 from .times import StageTimes

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints import Kept
 from ...implicit.solve import ImplicitSolve, require_exact
 from ...implicit.step import TakenStep
 from ...implicit.step_back import slopes_to_keep
+from ...kept import Kept
 from ...step_gradient import attach_step
 from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
 from ...vector_field import VectorField, require_slope

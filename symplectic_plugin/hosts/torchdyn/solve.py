@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints import Checkpoints, Graph
+from ...checkpoints import Checkpoints
 from ...compiled import Compiled
 from ...cotangents import NO_STAND_INS, wide
+from ...evaluation import Evaluation
+from ...kept import Graph
 from ...randomness import GeneratorStates
 from ...report import new_report
 from ...saved import hooks_are_active
@@ -21,7 +23,7 @@ from ...stage_graphs import StageGraphs
 from ...storage import storage
 from ...tableau import ButcherTableau
 from ...trajectory import Step, TakeStep
-from ...vector_field import Evaluation, VectorField
+from ...vector_field import VectorField
 from .implicit import ImplicitSolver
 from .methods import tableau_of
 

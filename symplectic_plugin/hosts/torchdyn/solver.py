@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
-from ...checkpoints import Checkpoints, Graph, Kept
+from ...checkpoints import Checkpoints
 from ...compiled import not_compiled
+from ...kept import Graph, Kept
 from ...randomness import Generators
 from ...stage_graphs import StageGraphs
 from ...step_gradient import attach_step
