@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from symplectic_plugin.checkpoints import POLICIES
 from symplectic_plugin.hosts.torchdiffeq.methods import solvers
 
-from .fields import ADAPTIVE, FIXED, MLP, Outcome, errors, output_times, problems
+from .fields import ADAPTIVE, FIXED, MLP, Outcome, complex_states, errors, output_times, problems
 
 EXACT = 1e-12
 
@@ -129,6 +129,7 @@ def test_single_precision_is_exact_to_its_rounding(method, policy) -> None:
     assert max(found.values()) <= 3e-6
 
 
+@complex_states
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_a_complex_state(method) -> None:
     generator = torch.Generator().manual_seed(0)

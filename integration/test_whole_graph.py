@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import symplectic_plugin
 
-from .fields import ADAPTIVE, FIXED, MLP
+from .fields import ADAPTIVE, FIXED, MLP, complex_states
 
 FLAG = "symplectic_adjoint"
 T = torch.linspace(0, 1, 4, dtype=torch.float64)
@@ -178,6 +178,7 @@ class TestWhole:
             for ours, theirs in zip(*found, strict=True):
                 assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
+    @complex_states
     def test_complex_states(self, method) -> None:
         found = []
         for flag in ("", f"{FLAG}:"):
