@@ -232,6 +232,20 @@ class TestMixedPrecision:
         expected = float(t.exp().mean())
         assert (gradient.double() / expected - 1).abs().max() <= 0.01
 
+    @pytest.mark.parametrize("policy", ["stages", "steps"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("method", ["bosh3", "dopri5", "dopri8"])
+    def test_rounding_is_not_taken_for_another_vector_field(self, method, dtype, policy) -> None:
+        for seed in range(10):
+            torch.manual_seed(seed)
+            first, second = (2 * torch.randn(2, 16)).to(dtype), torch.randn(16, 2).to(dtype)
+            y0 = torch.randn(1, 2).to(dtype).requires_grad_()
+            y = torchdiffeq.odeint(
+                lambda t, y, a=first, b=second: torch.tanh(y @ a) @ b, y0, torch.tensor([0.0, 4.0]), rtol=0.03,
+                atol=0.03, method=f"symplectic_adjoint:{method}", options={"checkpoint": policy, "first_step": 0.125},
+            )  # fmt: skip
+            torch.autograd.grad(y.float().pow(2).sum(), y0)  # would raise
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @every_solver
     def test_autocast_and_scaled_losses(self, solver, dtype) -> None:

@@ -191,7 +191,7 @@ class VectorField:
             RuntimeError: if that is more than rounding.
         """
         worst = float(deviation)
-        if worst > self.rounding ** (2 / 3):
+        if worst > max(self.rounding ** (2 / 3), 64 * self.rounding):  # the latter in half precision
             raise RuntimeError(
                 "symplectic_adjoint: the vector field returned other values in the backward pass than in the forward "
                 f"pass (a step ended {worst:.0e} off, relative to the state), so the gradient would be wrong. What it "

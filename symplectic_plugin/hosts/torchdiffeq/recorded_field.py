@@ -33,9 +33,10 @@ class Unperturbed:
 
     def __call__(self, t: Tensor, y: Tensor, perturb: Perturb = Perturb.NONE) -> Any:
         is_wrapped = self.inner is not self.func
+        is_left = t.dtype == y.dtype and not t.is_complex()  # as it is
         if perturb is Perturb.NONE:
-            return self.inner(t, y) if t.dtype == y.dtype or not is_wrapped else self.func(t, y)
-        if t.dtype != y.dtype or not is_wrapped or t.requires_grad:
+            return self.inner(t, y) if is_left or not is_wrapped else self.func(t, y)
+        if not is_left or not is_wrapped or t.requires_grad:
             return self.func(t, y, perturb=perturb)
         return self.inner(torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1), y)
 
