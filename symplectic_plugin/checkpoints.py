@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .binomial import positions, reversed_states
+from .cotangents import wide
 from .evaluation import Evaluation
 from .kept import Graph, Kept
 from .step_graph import StepGraph
@@ -136,7 +137,7 @@ class Checkpoints:
         # Beside a graph: what its backward pass makes; the sums of gradients, and those to be added; the slopes of a
         # step, and what the host makes of them; the outputs and their cotangents.
         self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (3 * stages + 12 + 2 * outputs) * size
-        self.working += solving
+        self.working += solving + (10 * size if wide(state.dtype) != state.dtype else 0)  # the adjoint is wide
         self.evaluation = sum(sizes) + size
         self._outputs = outputs * size
         self._sizes[evaluation.nodes] = self._largest = self.evaluation

@@ -204,13 +204,15 @@ class _StepBack:
         times = None if self.derivatives is None else StepTimes(given, self.theta, self.derivatives, begin, end)
         start = state.to(given.dtype)
         # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
-        graphs = self._stage_graphs(n) if s == trajectory.tableau.stages else None
-        stages = None if step.draws is not None or s > trajectory.tableau.stages else kept.stages
+        added = s - trajectory.tableau.stages
+        graphs = None if added and step.draws is not None else self._stage_graphs(n)
+        stages = None if step.draws is not None or added else kept.stages
         handed_on = 1 if step.slope_handed_on else 0
         draws: Sequence[GeneratorStates | None]
         slopes: list[Tensor | None]
         if graphs is not None:
-            stages, slopes, draws = graphs.stages[1:], list(graphs.slopes), [step.draws_before(0)] * s
+            slopes, draws = [*graphs.slopes, *[None] * added], [step.draws_before(0)] * s
+            stages = graphs.stages[1:]
         elif stages is None:
             slopes, draws = self.retaker.take(tableau, n, start, slope)
         else:
@@ -244,8 +246,9 @@ class _StepBack:
                 first_slope_cotangent = kappa
                 break
             if kappa is not None or (times is not None and times.needs_slope(i)):
-                at = stages[i - 1] if stages is not None and i > 0 else combined(start, a[i], slopes, h)
-                evaluation = graphs.evaluations[i] if graphs is not None else None
+                is_there = stages is not None and 0 < i <= len(stages)
+                at = stages[i - 1] if stages is not None and is_there else combined(start, a[i], slopes, h)
+                evaluation = graphs.evaluations[i] if graphs is not None and i < s - added else None
                 if evaluation is None:
                     if (draw := draws[i]) is not None:
                         field.generators.set(draw)
