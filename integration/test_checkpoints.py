@@ -213,6 +213,31 @@ class TestMemory:
         assert recomputed[0] > 0
         assert recomputed[-1] == 0
 
+    @pytest.mark.parametrize(("method", "policy"), [("dopri5", "auto"), ("bosh3", "auto"), ("rk4", "binomial")])
+    def test_so_it_is_with_derivatives_in_the_vector_field(self, method, policy) -> None:
+        first, second = torch.randn(4, 128).requires_grad_(), torch.randn(128, 4).requires_grad_()
+        y0 = torch.randn(64, 4).requires_grad_()
+        size = {"first_step": 0.1, "max_step": 0.1} if method in ADAPTIVE else {"step_size": 0.1}
+
+        def field(t: Tensor, y: Tensor) -> Tensor:
+            with torch.enable_grad():
+                z = y if y.requires_grad else y.detach().requires_grad_()
+                energy = (torch.tanh(z @ first) @ second).pow(2).sum()
+                return torch.tanh(y @ first) @ second - torch.autograd.grad(energy, z, create_graph=True)[0] / 100
+
+        def work(budget: int) -> None:
+            y = torchdiffeq.odeint(
+                field, y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:{method}", rtol=1e6, atol=1e6,
+                options={**size, "checkpoint": policy, "memory_budget": budget},
+            )  # fmt: skip
+            torch.autograd.grad(y[-1].sum(), (y0, first, second))
+
+        least = least_budget(work)
+        for factor in (1, 1.2, 2, 4):
+            budget = int(least * factor)
+            work(budget)
+            assert peak_bytes(lambda budget=budget: work(budget)) <= budget
+
     @pytest.mark.parametrize("method", ["euler", "rk4", "bosh3", "dopri5", "dopri8"])
     @pytest.mark.parametrize("outputs", [2, 300])
     def test_so_it_is_however_many_outputs_there_are(self, method, outputs) -> None:

@@ -137,6 +137,11 @@ class Checkpoints:
         # Beside a graph: what its backward pass makes; the sums of gradients, and those to be added; the slopes of a
         # step, and what the host makes of them; the outputs and their cotangents.
         self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (3 * stages + 12 + 2 * outputs) * size
+        # Through a graph with branches, such as one of derivatives, it has more in hand than what comes and goes at one
+        # node.
+        if self._budget is not None or sum(sizes) > DEFAULT_BUDGET // 64:
+            cotangents = field.cotangents_of(evaluation)
+            self.working += cotangents if cotangents > 2.1 * max(sizes, default=0) else 0
         self.working += solving + (10 * size if wide(state.dtype) != state.dtype else 0)  # the adjoint is wide
         self.evaluation = sum(sizes) + size
         self._outputs = outputs * size

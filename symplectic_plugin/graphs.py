@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -188,6 +190,42 @@ def saved_storages(value: Tensor, stops: Iterable[Any] = ()) -> dict[int, int]:
             else:
                 storages[id(tensor)] = 2 * tensor.numel() * tensor.element_size()
     return storages
+
+
+def cotangent_bytes(value: Tensor, stops: Iterable[Any] = ()) -> int:
+    """The most bytes of cotangents that a backward pass through a value's graph holds at one time, but for the leaves'.
+
+    As autograd goes through it: the latest node first, each with the sum of what has come to it so far.
+
+    Args:
+        value: the tensor.
+        stops: nodes not to look at, nor behind.
+    """
+    if value.grad_fn is None:
+        return 0
+    stops = set(stops)
+    pending: dict[Any, dict[int, int]] = {value.grad_fn: {value.output_nr: value.numel() * value.element_size()}}
+    held = most = sum(pending[value.grad_fn].values())
+    order = [(-value.grad_fn._sequence_nr(), 0, value.grad_fn)]
+    while order:
+        _, _, node = heapq.heappop(order)
+        own = pending.pop(node)
+        given = []
+        for following, i in node.next_functions:
+            if following is None or following in stops or type(following) is _Accumulator:
+                continue
+            metadata = following._input_metadata[i]
+            given.append((following, i, math.prod(metadata.shape) * metadata.dtype.itemsize))
+        most = max(most, held + sum(size for *_, size in given))
+        held -= sum(own.values())
+        for following, i, size in given:
+            if following not in pending:
+                pending[following] = {}
+                heapq.heappush(order, (-following._sequence_nr(), id(following), following))
+            if i not in pending[following]:
+                pending[following][i] = size
+                held += size
+    return most
 
 
 def _saved(node: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from .dependencies import Held, has_hooks
 from .evaluation import Evaluation, Keywords
 from .graphs import (
     accumulator,
+    cotangent_bytes,
     edge_of,
     graph_inputs,
     in_type_of,
@@ -158,6 +159,11 @@ class VectorField:
         """The bytes of each storage that an evaluation keeps with its graph, less what is there anyway."""
         behind = [node for node, _ in self._edges]  # the histories of what it depends on
         return [size for address, size in evaluation.storages(behind).items() if address not in self._lasting]
+
+    def cotangents_of(self, evaluation: Evaluation) -> int:
+        """The bytes of cotangents that a backward pass through an evaluation has at one time."""
+        behind = [node for node, _ in self._edges]
+        return cotangent_bytes(evaluation.slope, (evaluation.argument.grad_fn, *behind))
 
     def _refuse_own_state(self, slope: Tensor, t: Tensor, x: Tensor, keywords: Keywords) -> None:
         """Refuse an f whose value depends on a tensor that it changes whenever it is evaluated.

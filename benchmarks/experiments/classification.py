@@ -115,10 +115,11 @@ def main() -> None:
         __doc__,
         data={"type": Path, "help": f"a directory with IDX files (default: below {image_data.DEBIAN})"},
         images={"choices": image_data.NAMES, "help": "default: digits; fashion-mnist with --full"},
+        schemes={"nargs": "+", "choices": SCHEMES, "help": "default: all that the size has"},
         epochs={"type": int, "help": "how often the network sees every image"},
         examples={"type": int, "help": "most images to train on"},
     )
-    size = run.with_arguments(SIZES[run.size], "epochs", "examples")
+    size = run.with_arguments(SIZES[run.size], "schemes", "epochs", "examples")
     images, line = image_data.load(run.of(run.arguments.images, size.data), run.arguments.data)
     run.show(line)
     white = images.levels - 1
