@@ -307,7 +307,8 @@ def page(records: dict[str, Any], results: Path) -> str:
         "`--quick` is a check of seconds, `--full` the full size, whose settings have [these sources]"
         "(#settings-and-their-sources) (for a GPU: `--device cuda`, not measured yet), `--seed`, `--output` and "
         "`--data DIRECTORY` (the MAF repository's tables, MNIST's or Fashion-MNIST's IDX files; Debian's package "
-        "`dataset-fashion-mnist` is found by itself) do what they say. "
+        "`dataset-fashion-mnist` is found by itself) do what they say; `--images` takes other images, whose results "
+        "get a name of their own. "
         "`pip install 'symplectic-plugin[experiments]'` installs what the commands need.",
         "",
         f"Below: size {', '.join(sizes)}, {', '.join(devices)} of a shared machine, {minutes:.0f} minutes in all. "
