@@ -215,7 +215,9 @@ def cotangent_bytes(value: Tensor, stops: Iterable[Any] = ()) -> int:
             if following is None or following in stops or type(following) is _Accumulator:
                 continue
             metadata = following._input_metadata[i]
-            given.append((following, i, math.prod(metadata.shape) * metadata.dtype.itemsize))
+            # A nested tensor's shape is no tuple of numbers.
+            numel = 0 if metadata.is_nested_tensor else math.prod(metadata.shape)
+            given.append((following, i, numel * metadata.dtype.itemsize))
         most = max(most, held + sum(size for *_, size in given))
         held -= sum(own.values())
         for following, i, size in given:
