@@ -12,8 +12,6 @@ from torch.autograd.functional import hessian, jacobian
 
 pytest.importorskip("torchdyn")
 
-from torchdyn.numerics import odeint
-from torchdyn.numerics.solvers.ode import SOLVER_DICT
 
 from .test_bad_input import SOLVERS, TORCHDIFFEQ, solve
 from .test_concurrency import Y0, T, assert_same, both, mlp
@@ -165,45 +163,6 @@ def scaled_gradients(solver: str, flag: bool, device: str, dtype: torch.dtype) -
     assert scaler.get_scale() == 1024.0  # no infinities were found
     assert all((p - q).norm() > 0 for p, q in zip(net.parameters(), before, strict=True))
     return [*gradients, t.grad / 1024]
-
-
-def failing(*_: Any) -> Any:
-    """A compiler that does not work."""
-    raise RuntimeError("there is no compiler here")
-
-
-class TestCompiledVectorFields:
-    """The option `compile`."""
-
-    def gradients(self, solver: str, **options: Any) -> Any:
-        field, context, y0 = mlp(), Y0.clone().requires_grad_(), Y0.clone().requires_grad_()
-        host, method = solver.split()
-        name = f"symplectic_adjoint:{method}" if options else method
-        if host == "torchdiffeq":
-            options = {"first_step": 0.1, **options} if method == "dopri5" else options
-            f = lambda t, y: (field(t, y[0]) * torch.cos(t) + context, y[1])  # noqa: E731
-            y, _ = torchdiffeq.odeint(f, (y0, y0), T, method=name, rtol=1e-4, atol=1e-4, options=options)
-        else:
-            chosen = SOLVER_DICT[name](Y0.dtype, **options) if options else name
-            y = odeint(lambda t, y: field(t, y) * torch.cos(t) + context, y0, T, solver=chosen)[1]
-        return torch.autograd.grad((y**2).sum(), (y0, context, field.w1, field.w2))
-
-    @pytest.mark.parametrize("policy", ["auto", "stages", "steps"])
-    @pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdiffeq dopri5", "torchdyn rk4"])
-    def test_gradients(self, solver, policy) -> None:
-        compiled = self.gradients(solver, checkpoint=policy, compile={"backend": "aot_eager"})
-        assert_same(compiled, self.gradients(solver))
-
-    @pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdyn rk4"])
-    def test_where_compilation_fails_a_warning_says_so_and_nothing_is_lost(self, solver) -> None:
-        with pytest.warns(UserWarning, match="torch.compile failed.*BackendCompilerFailed"):
-            gradients = self.gradients(solver, compile={"backend": failing})
-        assert_same(gradients, self.gradients(solver))
-
-    @pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdyn rk4"])
-    def test_what_is_no_way_to_compile_is_refused(self, solver) -> None:
-        with pytest.raises(ValueError, match="compile must be"):
-            self.gradients(solver, compile=3)
 
 
 class TestMixedPrecision:

@@ -173,9 +173,10 @@ class Checkpoints:
         nodes = evaluation.nodes
         if nodes not in self._sizes:
             self._sizes[nodes] = sum(field.memory_of(evaluation)) + self._state
+            each = -(-self._sizes[nodes] // max(1, evaluation.at_once))
             # Beside it there will be what its backward pass makes.
-            self.working += 3 * max(0, self._sizes[nodes] - self._largest)
-            self._largest = max(self._largest, self._sizes[nodes])
+            self.working += 3 * max(0, each - self._largest)
+            self._largest = max(self._largest, each)
         return self._sizes[nodes]
 
     def may_go_on(self, graph: StepGraph) -> bool:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import sys
+import types
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-_programs: weakref.WeakKeyDictionary[Compiled, Callable[..., Any]] = weakref.WeakKeyDictionary()
-"""What torch.compile made. Not attributes: what a vector field holds is looked through, and not this."""
+_programs: weakref.WeakKeyDictionary[Any, dict[str, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+"""What torch.compile made, by the code or the class of a user's function, and what is made of it."""
+
+_numbers = itertools.count()
+
+_as_it_is: ContextVar[bool] = ContextVar("symplectic_adjoint: functions are evaluated as they are", default=False)
 
 
 class Compiled:
@@ -23,6 +32,9 @@ class Compiled:
         function: the function or module.
         how: True; a mode of torch.compile, as "reduce-overhead", with which a GPU replays CUDA graphs; or a dictionary
             of its keyword arguments.
+
+    Attributes:
+        is_compiled: whether compilation has not failed.
 
     Raises:
         ValueError: if `how` is none of those.
@@ -34,28 +46,67 @@ class Compiled:
                 "symplectic_adjoint: compile must be True, a mode of torch.compile or a dictionary of its arguments, "
                 f"got {how!r}"
             )
-        options = {"mode": how} if isinstance(how, str) else {} if how is True else dict(how)
         self.function = function
-        _programs[self] = torch.compile(function, **options)
+        self.is_compiled = True
+        self._options = {"mode": how} if isinstance(how, str) else {} if how is True else dict(how)
+        self._key = repr(sorted(self._options.items()))
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        program = _programs.get(self)
-        if program is not None:
-            try:
-                result = program(*args, **keywords)
-                # What CUDA graphs return is theirs, and overwritten when they run again.
-                return result.clone() if isinstance(result, Tensor) and result.is_cuda else result
-            except Exception as error:
-                if not _is_of_compilation(error):
-                    raise
-                _programs.pop(self, None)
-                reason = str(error).strip().partition("\n")[0]
-                warnings.warn(
-                    "symplectic_adjoint: torch.compile failed, so the vector field is evaluated as it is: "
-                    f"{type(error).__name__}: {reason}",
-                    stacklevel=2,
-                )
-        return self.function(*args, **keywords)
+        if torch.compiler.is_compiling() or _as_it_is.get() or not self.is_compiled:
+            return self.function(*args, **keywords)
+        return self.run("", lambda: _evaluate, self.function, *args, **keywords)
+
+    def run(self, key: str, make: Callable[[], Callable[..., Any]], *args: Any, **keywords: Any) -> Any:
+        """Call a function in which this one is called, compiled; or as it is, with a warning, if that fails.
+
+        Args:
+            key: tells it from other such functions.
+            make: returns it. It is called with all else.
+        """
+        # torch.compile makes few programs of one piece of code, and keeps them as long as that; and calling it takes a
+        # millisecond.
+        given: Any = self.function
+        programs = _programs.setdefault(getattr(given, "__code__", type(given)), {})
+        key += self._key
+        if key not in programs:
+            function = make()
+            code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+            copy = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+            programs[key] = torch.compile(copy, **self._options)
+        try:
+            result = programs[key](*args, **keywords)
+            # What CUDA graphs return is theirs, and overwritten when they run again.
+            return tree_map_only(Tensor, _own, result) if torch.cuda.is_initialized() else result
+        except Exception as error:
+            with evaluated_as_it_is():
+                result = make()(*args, **keywords)
+            # If that raises too, it is not to do with compilation.
+            self.is_compiled = False
+            reason = " ".join(str(error).split("\n")[:2]).strip()
+            warnings.warn(
+                "symplectic_adjoint: torch.compile failed, so the vector field is evaluated as it is: "
+                f"{type(error).__name__}: {reason}",
+                stacklevel=3,
+            )
+            return result
+
+
+def _evaluate(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    return function(*args, **keywords)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_cuda else tensor
+
+
+@contextlib.contextmanager
+def evaluated_as_it_is() -> Iterator[None]:
+    """A context in which what is compiled is evaluated as if it were not."""
+    token = _as_it_is.set(True)
+    try:
+        yield
+    finally:
+        _as_it_is.reset(token)
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -77,7 +128,3 @@ def not_compiled(method: _Method) -> _Method:
         return left_alone(*args, **keywords)
 
     return wrapped  # type: ignore[return-value]
-
-
-def _is_of_compilation(error: BaseException) -> bool:
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))

@@ -1,8 +1,8 @@
-"""One evaluation of the vector field, with its graph."""
+"""One evaluation of the vector field, or those of a step at once, with the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,16 @@ Keywords = Mapping[str, Any]
 
 @dataclass(slots=True, eq=False)
 class Evaluation:
-    """One evaluation of f, with its graph.
+    """One evaluation of f, or several that a program made at once, with the graph.
 
     Args:
         leaf: the state, where the graph ends, or where that of the state begins.
         time: the time, where the graph ends if a gradient of times is wanted.
         argument: the state as f was handed it.
         keywords: what else f was handed.
-        slope: what it returned.
+        slope: what it returned, the latest one.
+        others: what else is kept with it.
+        at_once: how many a program made; 0 for one that none made.
     """
 
     leaf: Tensor
@@ -31,11 +33,14 @@ class Evaluation:
     argument: Tensor
     keywords: Keywords
     slope: Tensor
+    others: Sequence[Tensor] = ()
+    at_once: int = 0
 
     @property
     def nodes(self) -> int:
-        """How many nodes it made in this thread."""
-        return nodes_between(self.argument, self.slope)
+        """How many nodes it made in this thread; for a program less than zero, so that they are not taken for f's."""
+        nodes = nodes_between(self.argument, self.slope)
+        return -1 - nodes if self.at_once else nodes
 
     def storages(self, behind: Iterable[Any] = ()) -> dict[int, int]:
         """The memory that it holds: the size in bytes of each storage, by its address.
@@ -44,8 +49,9 @@ class Evaluation:
             behind: nodes of the graph that are not its own.
         """
         storages = saved_storages(self.slope, (self.argument.grad_fn, *behind))
-        if self.slope.layout is torch.strided:
-            storages[self.slope.untyped_storage().data_ptr()] = self.slope.untyped_storage().nbytes()
+        for tensor in (self.slope, *self.others):
+            if tensor.layout is torch.strided:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         if self.leaf.layout is torch.strided:  # it may be a view of something larger, which is there anyway
             storages[self.leaf.untyped_storage().data_ptr()] = self.leaf.numel() * self.leaf.element_size()
         return storages

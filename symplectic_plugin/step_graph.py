@@ -14,6 +14,7 @@ from .cotangents import NO_STAND_INS, CotangentSums, StandIns
 from .evaluation import Evaluation, Keywords
 from .graphs import nodes_between, vjp
 from .runge_kutta import combined
+from .step_program import StepProgram
 from .tableau import ButcherTableau
 from .vector_field import VectorField
 
@@ -38,7 +39,8 @@ class StepGraph:
         stages: the states of the stages.
         slopes: the slopes.
         first_slope: the slope at the start, if the graph ends in that too.
-        nodes: how many nodes each evaluation in it made.
+        evaluations: how many there are in it.
+        nodes: for each of them, or for those that a program made at once, as `Evaluation.nodes` has it.
         size: the bytes that it keeps, with the steps that it goes on from, once they have been counted.
     """
 
@@ -63,6 +65,7 @@ class StepGraph:
         self._moved: Tensor | None = None
         self.stages: list[Tensor] = []
         self.slopes: list[Tensor] = []
+        self.evaluations = self._at_once = 0
         self.nodes: list[int] = []
         self.first_slope: Tensor | None = None
         if before is not None:
@@ -90,6 +93,7 @@ class StepGraph:
         """
         self.leaf, self.origin, self.stand_ins, self.first_slope = evaluation.leaf, evaluation.argument, stand_ins, None
         self.stages, self.slopes, self.nodes = [evaluation.argument], [evaluation.slope], [evaluation.nodes]
+        self.evaluations = 1
 
     def evaluate(self, t: Tensor, state: Tensor, keywords: Keywords) -> Tensor:
         """The slope of the next stage, returned without its graph.
@@ -114,6 +118,33 @@ class StepGraph:
         self.stages.append(stage)
         self.slopes.append(slope)
         self.nodes.append(nodes_between(stage, slope))
+        self.evaluations += 1
+
+    def add_stages(self, program: StepProgram, times: Sequence[Tensor], h: Tensor, is_given: bool) -> bool:
+        """Evaluate all slopes at once by a program.
+
+        Args:
+            program: the step's.
+            times, h: as it takes them.
+            is_given: whether the first slope is not to be evaluated, but is the one that is there.
+
+        Returns:
+            Whether it could be done; if not, nothing has changed.
+        """
+        given = self.slopes[0] if is_given else None
+        with torch.enable_grad():
+            taken = self.field.taken_by(program, times, h, self.origin, given)
+        if taken is None:
+            return False
+        if not is_given:
+            self.slopes, self.nodes, self.evaluations = [], [], 0
+        self.stages = [self.origin, *taken.stages]
+        self.slopes = [*self.slopes, *taken.slopes]
+        self._moved = taken.moved
+        self._at_once = len(times)
+        self.nodes.append(self.latest.nodes)
+        self.evaluations += len(times)
+        return True
 
     @property
     def moved(self) -> Tensor:
@@ -163,6 +194,9 @@ class StepGraph:
 
     @property
     def latest(self) -> Evaluation:
-        """The latest evaluation in it."""
+        """The latest evaluation in it, or all of them if they were made at once."""
+        if self._at_once:
+            start, others = self.origin, [*self.stages[1:], *self.slopes[:-1]]
+            return Evaluation(start, start, start, {}, self.slopes[-1], others, self._at_once)
         stage, slope = self.stages[-1], self.slopes[-1]
         return Evaluation(stage, stage, stage, {}, slope)

@@ -326,7 +326,7 @@ class _StepBack:
         for j in range(n, first - 1, -1):
             graph = trajectory.kept[j].graph
             assert isinstance(graph, StepGraph)
-            evaluated += len(graph.nodes)
+            evaluated += graph.evaluations
             while end > 0 and places[end - 1][0] == j and self.is_end[end - 1]:
                 add(graph.end, self.given[end])
                 end -= 1

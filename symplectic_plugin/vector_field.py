@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .autocast import Autocast
+from .compiled import evaluated_as_it_is
 from .cotangents import CotangentSums, StandIns
 from .dependencies import Held, has_hooks
 from .evaluation import Evaluation, Keywords
@@ -27,6 +28,7 @@ from .graphs import (
 )
 from .randomness import Generators
 from .report import SolveReport
+from .step_program import StepProgram, TakenStep
 
 _NOTHING_HELD = Held(None)
 
@@ -49,6 +51,7 @@ class VectorField:
         draws: whether it was seen to draw random numbers.
         generators: those that it may draw from.
         rounding: the relative rounding error of what it returns.
+        autocast: the state of autocast in which it is evaluated.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class VectorField:
         self._lasting: set[int] = set()
         self._only = only
         self._held = _NOTHING_HELD
-        self._autocast = Autocast(device)
+        self.autocast = Autocast(device)
         self._leaves = {id(tensor) for tensor in self.dependencies if tensor.is_leaf}
         self._edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
 
@@ -103,13 +106,14 @@ class VectorField:
         stops = self._edges | edges.keys()
         before = self.generators.states()
         t = t.detach().clone()  # the caller's may be changed in place
-        evaluation = self.differentiable(t, x, keywords, want_time, with_history=with_history)
+        with evaluated_as_it_is():  # what a compiled function depends on does not show as well
+            evaluation = self.differentiable(t, x, keywords, want_time, with_history=with_history)
         slope = evaluation.slope
         self.draws = not self.generators.are_at(before)
         self.rounding = max(self.rounding, _precision(x.dtype))
         found = graph_inputs([slope], evaluation.argument.grad_fn, stops)
         if found.older:
-            with self.generators.kept():
+            with self.generators.kept(), evaluated_as_it_is():
                 second = self.differentiable(t, x, keywords, want_time)
             again = graph_inputs([second.slope], second.argument.grad_fn, stops)
             if lost := set(found.older) & set(again.older):  # else they were made in another thread
@@ -175,7 +179,7 @@ class VectorField:
         if not changed:
             return
         values = [tensor.clone() for tensor in changed]
-        with self.generators.kept() if self.draws else contextlib.nullcontext():
+        with self.generators.kept() if self.draws else contextlib.nullcontext(), evaluated_as_it_is():
             again = self(t, x, keywords)
         with torch.no_grad():
             for tensor, value in zip(changed, values, strict=True):
@@ -218,7 +222,7 @@ class VectorField:
 
     def __call__(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         """The slope f(t, x), without a graph."""
-        with torch.no_grad(), self._autocast.again():
+        with torch.no_grad(), self.autocast.again():
             return self._checked(self.function(t.detach(), x.detach(), **keywords), x).detach()
 
     def differentiable(
@@ -256,8 +260,18 @@ class VectorField:
 
     def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, stand_ins: StandIns) -> Tensor:
         """The slope f(t, x), where grad is enabled, with its graph back to t, x and the dependencies or stand-ins."""
-        with self._autocast.again(), stand_ins.substitution():
+        with self.autocast.again(), stand_ins.substitution():
             return self._checked(self.function(t, x, **keywords), x)
+
+    def taken_by(
+        self, program: StepProgram, times: Sequence[Tensor], h: Tensor, start: Tensor, slope: Tensor | None
+    ) -> TakenStep | None:
+        """A step as a program of f takes it; None if its slopes are not as the state is."""
+        with self.autocast.again():
+            taken = program(times, h, start, slope)
+        if any(k.dtype is not start.dtype or k.shape != start.shape for k in taken.slopes):
+            return None
+        return taken
 
     def _checked(self, slope: Any, x: Tensor) -> Tensor:
         """What f returned at state x, which may be of another kind than what it returned at first."""

@@ -47,7 +47,7 @@ def with_graph(solution: Tensor, trajectory: Trajectory, field: VectorField) -> 
                 outputs.append(_inside(graphs[n], trajectory.dense.weights(torch.tensor(thetas, dtype=torch.float64))))
         result = torch.cat(outputs)
     result.data.copy_(solution)  # as the host rounds it; no node has saved it
-    watch(result, origin, field.report, sum(len(graph.nodes) for graph in graphs), Addresses(field.used))
+    watch(result, origin, field.report, sum(graph.evaluations for graph in graphs), Addresses(field.used))
     return result
 
 

@@ -6,12 +6,13 @@ import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+import symplectic_plugin
 from benchmarks.experiments.measure import VectorField, peak_bytes, synchronize
 from benchmarks.speed.problems import Field, loss
 
@@ -50,16 +51,21 @@ class Pass(ABC):
 
 
 class TorchPass(Pass):
-    """Of a function from the initial state to the final one, which holds the field."""
+    """Of a function from the initial state to the final one, which holds the field.
+
+    Attributes:
+        counter: how its evaluations are counted.
+    """
 
     def __init__(self, field: Field, y0: Tensor, solve: Callable[[Tensor], Tensor]) -> None:
         self.field, self.y0, self.solve = field, y0, solve
+        self.counter: Callable[[bool], AbstractContextManager[Callable[[], int]]] = counted
         self.inputs = [y0, *field.parameters()]
         self.gradients: tuple[Tensor, ...] = ()
 
     def run(self, *, count: bool = False) -> Timing:
         self.gradients = ()
-        with counted(count) as calls:
+        with self.counter(count) as calls:
             synchronize(self.y0.device)
             begin, processor = time.perf_counter(), time.process_time()
             value = self.forward()
@@ -101,3 +107,13 @@ def counted(count: bool) -> Iterator[Callable[[], int]]:
         return
     with torch.nn.modules.module.register_module_forward_hook(hook):
         yield lambda: calls
+
+
+@contextmanager
+def reported(count: bool) -> Iterator[Callable[[], int]]:
+    """The same, as the plugin reports it: torch.compile would compile the hook as well, and again for each count."""
+    if not count:
+        yield lambda: 0
+        return
+    with symplectic_plugin.profile() as solves:
+        yield lambda: sum(solve.evaluations + solve.recomputed for solve in solves)

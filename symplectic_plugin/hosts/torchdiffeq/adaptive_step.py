@@ -12,6 +12,8 @@ from torch import Tensor
 from torchdiffeq._impl.misc import Perturb
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 
+from .recorded_field import RecordedField
+
 
 class PreparedTableau(_ButcherTableau):
     """A solver's tableau, as it holds it, with what a step makes of it anew each time.
@@ -19,13 +21,13 @@ class PreparedTableau(_ButcherTableau):
     Attributes:
         weights: the rows of beta, one after the other.
         lengths: theirs.
-        at_end: whether each of those is at the step's end.
+        perturbs: at the step's end, the time as seen from before it, in case of a discontinuity there.
         last_is_end: whether the last one is the solution.
     """
 
     weights: Tensor
     lengths: list[int]
-    at_end: list[bool]
+    perturbs: list[Perturb]
     last_is_end: bool
 
     @classmethod
@@ -34,7 +36,7 @@ class PreparedTableau(_ButcherTableau):
         result = cls(*tableau)
         result.weights = torch.cat(list(tableau.beta))
         result.lengths = [len(row) for row in tableau.beta]
-        result.at_end = (tableau.alpha == 1).tolist()
+        result.perturbs = [Perturb.PREV if alpha == 1 else Perturb.NONE for alpha in tableau.alpha]
         result.last_is_end = bool(tableau.c_sol[-1] == 0 and (tableau.c_sol[:-1] == tableau.beta[-1]).all())
         return result
 
@@ -49,16 +51,17 @@ def runge_kutta_step(
     """
     dtype = y0.abs().dtype
     t0, dt, t1 = t0.to(dtype), dt.to(dtype), t1.to(dtype)
-    k = torch.empty(*f0.shape, len(tableau.at_end) + 1, dtype=y0.dtype, device=y0.device)
+    k = torch.empty(*f0.shape, len(tableau.perturbs) + 1, dtype=y0.dtype, device=y0.device)
     columns = k.unbind(-1)
     columns[0].copy_(f0)
     times, weights = (t0 + tableau.alpha * dt).unbind(), (tableau.weights * dt).split(tableau.lengths)
-    yi = y0
-    for i, is_at_end in enumerate(tableau.at_end):
-        yi = y0 + torch.sum(k.narrow(-1, 0, i + 1) * weights[i], dim=-1)
-        # At the end as seen from before it, in case of a discontinuity there.
-        f = func(t1, yi, perturb=Perturb.PREV) if is_at_end else func(times[i], yi, perturb=Perturb.NONE)
-        columns[i + 1].copy_(f)
+    at = [(t1 if of is Perturb.PREV else t, of) for t, of in zip(times, tableau.perturbs, strict=True)]
+    slopes = func.slopes_at_once(at) if isinstance(func, RecordedField) else None
+    yi, last = y0, len(at) - 1
+    for i, (t, perturb) in enumerate(at):
+        if slopes is None or i == last:
+            yi = y0 + torch.sum(k.narrow(-1, 0, i + 1) * weights[i], dim=-1)
+        columns[i + 1].copy_(func(t, yi, perturb=perturb) if slopes is None else slopes[i])
     if not tableau.last_is_end:
         yi = y0 + torch.sum(k * (dt * tableau.c_sol), dim=-1)
     return yi, k[..., -1], torch.sum(k * (dt * tableau.c_error), dim=-1), k

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb, _PerturbFunc
 
+from ...compiled import Compiled
 from ...cotangents import StandIns
 from ...evaluation import Evaluation, Keywords
 from ...kept import Graph
 from ...randomness import GeneratorStates
 from ...runge_kutta import combined
 from ...step_graph import StepGraph
+from ...step_program import StepProgram
 from ...tableau import ButcherTableau
 from ...trajectory import Step
 from ...vector_field import VectorField
@@ -32,23 +34,35 @@ class Unperturbed:
         self.inner = func.base_func if type(func) is _PerturbFunc else func
 
     def __call__(self, t: Tensor, y: Tensor, perturb: Perturb = Perturb.NONE) -> Any:
-        is_wrapped = self.inner is not self.func
-        is_left = t.dtype == y.dtype and not t.is_complex()  # as it is
-        if perturb is Perturb.NONE:
-            return self.inner(t, y) if is_left or not is_wrapped else self.func(t, y)
-        if not is_left or not is_wrapped or t.requires_grad:
+        if self.inner is self.func and perturb is Perturb.NONE:
+            return self.func(t, y)
+        if not self.leaves(t, y) or (t.requires_grad and perturb is not Perturb.NONE):
             return self.func(t, y, perturb=perturb)
-        return self.inner(torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1), y)
+        return self.inner(self.moved(t, perturb), y)
+
+    def leaves(self, t: Tensor, y: Tensor) -> bool:
+        """Whether the wrapper is there, and does nothing but move a time t for a state y."""
+        return self.inner is not self.func and t.dtype == y.dtype and not t.is_complex()
+
+    @staticmethod
+    def moved(t: Tensor, perturb: Perturb = Perturb.NONE) -> Tensor:
+        """The time that the wrapper hands on."""
+        if perturb is Perturb.NONE:
+            return t
+        return torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1)
 
 
 class RecordedField:
     """The vector field as the base solver calls it: without graphs, but for the one that shows what it depends on."""
 
-    def __init__(self, field: VectorField, func: Any, initial: Tensor) -> None:
+    def __init__(self, field: VectorField, func: Any, initial: Tensor, compiled: Compiled | None = None) -> None:
         self.field = field
         self.func = func
         self.initial = initial
+        self.compiled = compiled
         self.on_discovery: Callable[[Evaluation], bool] | None = None
+        # A step with it, compiled, if that is wanted.
+        self.program: StepProgram | None = None
         self.want_time = False
         self.evaluated_after_jump = False
         # Where the generators were, if f draws: before the first evaluation of this step, before the latest one, and
@@ -96,13 +110,15 @@ class RecordedField:
             slopes.append(self._evaluate(times[0], y, keywords[0], True))
             self.stages.append(y)
         if isinstance(graph := self.graph, StepGraph):
-            with torch.enable_grad():
-                for t, _, of_stage in stages[len(slopes) :]:
-                    self._count()
-                    graph.add_stage(t, None, of_stage)
-                    if not self.has_room_for(graph):
-                        self.graph = None
-                        break
+            at = [(t, of.get("perturb", Perturb.NONE)) for t, _, of in stages]
+            if not self._take_at_once(graph, at, is_given=False):
+                with torch.enable_grad():
+                    for t, _, of_stage in stages[len(slopes) :]:
+                        self._count()
+                        graph.add_stage(t, None, of_stage)
+                        if not self.has_room_for(graph):
+                            self.graph = None
+                            break
             if self.graph is not None:
                 return graph.moved.detach(), graph.slopes[0].detach()
             slopes, self.stages = ([x.detach() for x in of] for of in (graph.slopes, graph.stages))
@@ -111,6 +127,42 @@ class RecordedField:
             slopes.append(self._evaluate(t, stage, of_stage, True))
             self.stages.append(stage)
         return combined(None, b, slopes, step.h), slopes[0]
+
+    def slopes_at_once(self, at: Sequence[tuple[Tensor, Perturb]]) -> list[Tensor] | None:
+        """The slopes of a step that has begun with the first one, if there is a program that evaluates them at once.
+
+        Args:
+            at: the times of the stages but the first, and how these are moved.
+        """
+        if not isinstance(graph := self.graph, StepGraph) or not self._take_at_once(graph, at, is_given=True):
+            return None
+        return [slope.detach() for slope in graph.slopes[1:]]
+
+    def _take_at_once(self, graph: StepGraph, at: Sequence[tuple[Tensor, Perturb]], is_given: bool) -> bool:
+        """Have all slopes of a step evaluated at once, if there is a program for it; returns whether that was done.
+
+        Args:
+            graph: the step's.
+            at: the times of the stages whose slopes are to be evaluated, and how these are moved.
+            is_given: whether the first slope is the one that is in the graph already.
+        """
+        field, program = self.field, self.program
+        # Numbers that a program draws are others than those that f does.
+        if program is None or not program.works or field.draws or field.stand_ins:
+            return False
+        unperturbed: Any = field.function
+        if not unperturbed.leaves(at[0][0], graph.origin):
+            return False
+        times = [Unperturbed.moved(t, perturb) for t, perturb in at]
+        precision = torch.float32 if graph.origin.device.type == "mps" else torch.float64
+        size = torch.full((), graph.h, dtype=precision, device=graph.origin.device)
+        if not graph.add_stages(program, times, size, is_given):
+            return False
+        self.stages = [stage.detach() for stage in graph.stages[1 if is_given else 0 :]]
+        field.report.evaluations += len(times)
+        if not self.has_room_for(graph):
+            self.graph = None
+        return True
 
     def _count(self) -> None:
         """Note that f is about to be evaluated."""

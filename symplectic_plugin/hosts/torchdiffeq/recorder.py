@@ -18,6 +18,7 @@ from ...implicit.solve import ImplicitSolve
 from ...kept import Graph, Kept
 from ...stage_graphs import StageGraphs
 from ...step_graph import StepGraph
+from ...step_program import StepProgram
 from ...tableau import ButcherTableau
 from ...trajectory import Step, TakeStep, Trajectory
 from .methods import hands_on_slope, read_dense_output, read_method
@@ -89,6 +90,9 @@ class Recorder(ABC):
         )
         self._evaluations = tableau.stages - (1 if handed_on else 0)
         self._planned = steps
+        if (compiled := self.func.compiled) is not None and tableau.explicit:
+            inner: Any = field.function
+            self.func.program = StepProgram(inner.inner, compiled, tableau, handed_on)
         slope_kept = self.trajectory.keeps_slope
         # Outputs may be made of slopes that are in no graph.
         may_link = self.is_own and not dense.end_stage and wide(self.y0.dtype) == self.y0.dtype

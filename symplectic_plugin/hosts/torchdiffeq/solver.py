@@ -28,17 +28,19 @@ from .recording import recording
 from .times import GridTimes, StartingTime
 
 
-def _with_compiled_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> Any:
-    """The same, with what the user gave compiled, but none of torchdiffeq's wrappers, which are new in each solve."""
+def _with_compiled_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> tuple[Any, Compiled]:
+    """The same, with what the user gave compiled, but none of torchdiffeq's wrappers, which are new in each solve; and
+    that."""
     if type(func).__module__ != misc.__name__:
-        return Compiled(func, how)
+        compiled = Compiled(func, how)
+        return compiled, compiled
     wrapper = func
     while type(wrapper.base_func).__module__ == misc.__name__:
         wrapper = wrapper.base_func
-    given = wrapper.base_func
+    compiled = Compiled(wrapper.base_func, how)
     del wrapper.base_func  # a module's place takes no function
-    wrapper.base_func = Compiled(given, how)
-    return func
+    wrapper.base_func = compiled
+    return func, compiled
 
 
 class SymplecticAdjoint:
@@ -95,8 +97,9 @@ class SymplecticAdjoint:
         for option, value in options.items():
             if isinstance(value, Tensor) and value.requires_grad and option != "step_size":
                 raise ValueError(f"symplectic_adjoint: option {option!r} requires a gradient and gets none: detach it")
+        compiled: Compiled | None = None
         if compile:
-            func = _with_compiled_user_function(func, compile)
+            func, compiled = _with_compiled_user_function(func, compile)
         self.y0 = y0
         self.field = VectorField(
             Unperturbed(func),
@@ -105,7 +108,7 @@ class SymplecticAdjoint:
             adjoint_params,
             only_adjoint_params,
         )
-        self.recorded = RecordedField(self.field, func, y0)
+        self.recorded = RecordedField(self.field, func, y0, compiled)
         self.base = recording(base)(func=self.recorded, y0=y0.detach(), rtol=rtol, atol=atol, **options)
         self.base.checkpoints = checkpoints
 

@@ -6,6 +6,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Solve:
         self.goes_on = True
         self.may_draw = True
         self.checkpoints = Checkpoints()
+        self.compiled: Compiled | None = None
         self._stepper: Any = None
         self._slope_at_start: tuple[Any, Any] | None = None
 
@@ -68,7 +70,8 @@ class Solve:
         self.tableau = tableau_of(solver)
         self.discovered = False
         if self.tableau is not None and isinstance(x, Tensor):
-            function = Compiled(f, solver.compile) if solver.compile else f
+            self.compiled = Compiled(f, solver.compile) if solver.compile else None
+            function = self.compiled or f
             function = function if solver.loss is None else WithLoss(function, solver.loss, x.shape)
             self.checkpoints = Checkpoints(solver.checkpoint, solver.memory_budget, storage(solver.offload, x.device))
             if hooks_are_active():
@@ -92,6 +95,30 @@ class Solve:
 
         return take_step
 
+    def taken_at_once(self, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> TakenAtOnce | None:
+        """A step with its graph by one program, as torchdyn takes it; None if there is none.
+
+        Args:
+            x: the state at its start, where grad is enabled with a node of its own.
+            t, dt, k1, args: as torchdyn's step takes them.
+        """
+        compiled, field, tableau, stepper = self.compiled, self.field, self.tableau, self._stepper
+        # Numbers that a program draws are others than those that f does.
+        if compiled is None or field is None or tableau is None or not (self.discovered and compiled.is_compiled):
+            return None
+        if field.draws or field.stand_ins:
+            return None
+        key = f"step of torchdyn's {type(stepper).__name__}"
+        with field.autocast.again():
+            results = compiled.run(key, lambda: _step, stepper, compiled, x, t, dt, k1, args)
+        end, slopes = results[1], results[3] if len(results) > 3 else ()
+        if end.shape != x.shape or end.dtype != x.dtype:
+            return None  # f will say so
+        count = tableau.stages - (0 if k1 is None else 1)
+        field.report.evaluations += count
+        latest = Evaluation(x, t, x, {}, end, [slope for slope in slopes if slope is not k1], count)
+        return TakenAtOnce(results, self.checkpoints.bytes_of(field, latest), count)
+
     def note(self, seconds: float) -> None:
         """Take note of a step in the report."""
         report, checkpoints = self.reported, self.checkpoints
@@ -111,6 +138,25 @@ class Solve:
         if slope is None or self._slope_at_start is None:
             return False
         return self._slope_at_start[0]() is slope and self._slope_at_start[1]() is state
+
+
+@dataclass(frozen=True)
+class TakenAtOnce:
+    """What a program returns of a step.
+
+    Args:
+        results: as torchdyn's step does.
+        size: the bytes that its graph keeps.
+        count: how many evaluations of f it made.
+    """
+
+    results: Any
+    size: int
+    count: int
+
+
+def _step(stepper: Any, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
+    return stepper.step(f, x, t, dt, k1=k1, args=args)
 
 
 class WithLoss:

@@ -7,6 +7,7 @@ Runge-Kutta method is taken without a graph and gets its gradient from the adjoi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
 from ...checkpoints import Checkpoints
-from ...compiled import not_compiled
+from ...compiled import evaluated_as_it_is, not_compiled
 from ...kept import Graph, Kept
 from ...randomness import Generators
 from ...stage_graphs import StageGraphs
@@ -36,7 +37,7 @@ from ...witness import Addresses, refuse_transforms
 from . import step_sizes
 from .implicit import METHODS, ImplicitSolver
 from .methods import is_torchdyns, step_function
-from .solve import NAME, Evaluations, Solve, StageTimes, require_size
+from .solve import NAME, Evaluations, Solve, StageTimes, TakenAtOnce, require_size
 from .step_sizes import SolverOrder
 
 
@@ -232,7 +233,15 @@ class AdjointSteps:
         state, slope = (x, k1) if whole else (x.detach(), given)
         if whole and field.report.is_seen and x.requires_grad:
             state = x.view_as(x)  # where the step's graph ends, for its backward pass to be timed
-        with torch.set_grad_enabled(whole):
+        if whole and solve.compiled is not None:
+            start = x.view_as(x)  # with a node, from which those of the step are counted
+            if (taken := solve.taken_at_once(start, t.detach(), dt.detach(), slope, args)) is not None:
+                _, end, error, *more = taken.results
+                error = error.detach() if isinstance(error, Tensor) else error
+                return self._whole_step(solve, taken, start, end, error, more, begin)
+        # The first of a solve's steps shows what f depends on; those after it are programs of their own.
+        as_it_is = evaluated_as_it_is() if whole and not solve.discovered else contextlib.nullcontext()
+        with torch.set_grad_enabled(whole), as_it_is:
             _, end, error, *more = super().step(  # type: ignore[misc]
                 evaluate, state, t.detach(), dt.detach(), k1=slope, args=args
             )
@@ -271,11 +280,19 @@ class AdjointSteps:
         return stages[-1], end, error, stages
 
     def _whole_step(
-        self, solve: Solve, evaluate: Evaluations, x: Tensor, end: Tensor, error: Any, more: list[Any], begin: float
+        self,
+        solve: Solve,
+        made: Evaluations | TakenAtOnce,
+        x: Tensor,
+        end: Tensor,
+        error: Any,
+        more: list[Any],
+        begin: float,
     ) -> Any:
         """A step with its graph, which nothing has to be put around: as torchdyn returned it, but for the error.
 
         Args:
+            made: what is known of its evaluations.
             x, end: the states at its start and end.
             error: its error estimate, without a graph.
             more: its slopes, if torchdyn returned them.
@@ -283,8 +300,8 @@ class AdjointSteps:
         """
         assert solve.field is not None
         if end.requires_grad:
-            lent = solve.checkpoints.lend(evaluate.size)
-            watch(end, x, solve.field.report, evaluate.count, Addresses(solve.field.used), lent)
+            lent = solve.checkpoints.lend(made.size)
+            watch(end, x, solve.field.report, made.count, Addresses(solve.field.used), lent)
         solve.note(time.perf_counter() - begin)
         if not more:
             return None, end, error

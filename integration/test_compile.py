@@ -1,0 +1,175 @@
+"""The option `compile`: the gradient stays what it is, a step is one program, and where that fails nothing is lost."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from torch import Tensor, nn
+
+pytest.importorskip("torchdyn")
+
+from torchdiffeq._impl.odeint import SOLVERS
+from torchdyn.numerics import odeint
+from torchdyn.numerics.solvers.ode import SOLVER_DICT
+
+from benchmarks.peak_memory import peak_bytes
+
+from .test_concurrency import Y0, T, assert_same, mlp
+
+AOT = {"backend": "aot_eager"}
+"""All of torch.compile but the kernels, which take long to make."""
+
+ONE_STEP = ["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
+
+
+def gradients(solver: str, **options: Any) -> tuple[Tensor, ...]:
+    """With options the flag's; without the host's own."""
+    field, context, y0 = mlp(), Y0.clone().requires_grad_(), Y0.clone().requires_grad_()
+    host, method = solver.split()
+    name = f"symplectic_adjoint:{method}" if options else method
+    if host == "torchdiffeq":
+        adaptive = method in ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+        options = {"first_step": 0.1, **options} if adaptive else options
+        f = lambda t, y: (field(t, y[0]) * torch.cos(t) + context, y[1])  # noqa: E731
+        y, _ = torchdiffeq.odeint(f, (y0, y0), T, method=name, rtol=1e-4, atol=1e-4, options=options)
+    else:
+        chosen = SOLVER_DICT[name](Y0.dtype, **options) if options else name
+        y = odeint(lambda t, y: field(t, y) * torch.cos(t) + context, y0, T, solver=chosen)[1]
+    return torch.autograd.grad((y**2).sum(), (y0, context, field.w1, field.w2))
+
+
+@pytest.mark.parametrize("policy", ["auto", "stages", "steps"])
+@pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdiffeq dopri5", "torchdyn rk4", "torchdyn tsit5"])
+def test_the_gradient_is_that_of_backpropagation(solver, policy) -> None:
+    if solver == "torchdyn tsit5":  # its backpropagation includes the control of step sizes
+        assert_same(gradients(solver, checkpoint=policy, compile=AOT), gradients(solver, checkpoint=policy))
+    else:
+        assert_same(gradients(solver, checkpoint=policy, compile=AOT), gradients(solver))
+
+
+def test_each_method_of_a_field_is_compiled_with_its_own_coefficients() -> None:
+    for method in ONE_STEP:
+        if method not in SOLVERS:  # older versions of torchdiffeq
+            continue
+        # Of dopri8's error, far below the tolerance, rounding is a part: the steps are others by as much.
+        tolerance = 1e-9 if method == "dopri8" else 1e-12
+        for actual, expected in zip(
+            gradients(f"torchdiffeq {method}", compile=AOT), gradients(f"torchdiffeq {method}"), strict=True
+        ):
+            assert (actual - expected).norm() <= tolerance * expected.norm(), method
+
+
+class Field(nn.Module):
+    """A vector field that torch.compile makes one graph of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=torch.float64)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(self.layer(y)) * t
+
+
+class Counting:
+    """A backend that counts how often what it has made is called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, module: Any, inputs: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.calls += 1
+            return module(*args)
+
+        return call
+
+
+@pytest.mark.parametrize(("solver", "calls"), [("torchdiffeq rk4", 8), ("torchdiffeq dopri5", 8), ("torchdyn rk4", 7)])
+def test_a_step_whose_graph_is_kept_is_one_program(solver, calls) -> None:
+    backend, field, y0 = Counting(), Field(), torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    host, method = solver.split()
+    options = {"compile": {"backend": backend}}
+    if host == "torchdiffeq":
+        grid = {"first_step": 1 / 8, "max_step": 1 / 8} if method == "dopri5" else {"step_size": 1 / 8}
+        t = torch.linspace(0, 1, 2, dtype=torch.float64)
+        y = torchdiffeq.odeint(field, y0, t, method=f"symplectic_adjoint:{method}", options={**grid, **options})
+    else:
+        solver = SOLVER_DICT[f"symplectic_adjoint:{method}"](y0.dtype, **options)
+        y = odeint(field, y0, torch.linspace(0, 1, 9, dtype=torch.float64), solver=solver)[1]
+    torch.autograd.grad((y**2).sum(), (y0, *field.parameters()))
+    assert backend.calls == calls
+
+
+def test_the_memory_stays_within_a_budget() -> None:
+    field, y0 = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)).double(), torch.ones(64, 16).double()
+    t = torch.linspace(0, 1, 31, dtype=torch.float64)
+
+    def work(budget: int) -> None:
+        options = {"compile": AOT, "memory_budget": budget}
+        y = torchdiffeq.odeint(
+            lambda t, y: field(y), y0.clone().requires_grad_(), t, method="symplectic_adjoint:rk4", options=options
+        )
+        (y[-1] ** 2).sum().backward()
+
+    for budget in (900_000, 1_000_000, 2_000_000, 8_000_000):
+        work(budget)  # compiles
+        assert peak_bytes(lambda budget=budget: work(budget)) <= budget
+
+
+def without_compiler(*_: Any) -> Any:
+    """A backend that does not work."""
+    raise RuntimeError("there is no compiler here")
+
+
+def failing_when_called(module: Any, inputs: Any) -> Callable[..., Any]:
+    """A backend whose programs do not work."""
+    return without_compiler
+
+
+@pytest.mark.parametrize("backend", [without_compiler, failing_when_called])
+@pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdiffeq dopri5", "torchdyn rk4"])
+def test_where_compilation_fails_a_warning_says_so_and_nothing_is_lost(solver, backend) -> None:
+    with pytest.warns(UserWarning, match="torch.compile failed.*there is no compiler"):
+        actual = gradients(solver, compile={"backend": backend})
+    assert_same(actual, gradients(solver))
+
+
+@pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdiffeq dopri5", "torchdyn rk4"])
+def test_errors_of_f_are_its_own(solver) -> None:
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        if t > 0.5:
+            raise KeyError("a key")
+        return y * t
+
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    host, method = solver.split()
+    name = f"symplectic_adjoint:{method}"
+    if host == "torchdiffeq":
+        solve = functools.partial(torchdiffeq.odeint, method=name, options={"compile": AOT})
+    else:
+        solve = functools.partial(odeint, solver=SOLVER_DICT[name](Y0.dtype, compile=AOT))
+    with pytest.raises(KeyError, match="a key"):
+        solve(f, Y0, t)
+
+
+@pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdyn rk4"])
+def test_what_is_no_way_to_compile_is_refused(solver) -> None:
+    with pytest.raises(ValueError, match="compile must be"):
+        gradients(solver, compile=3)
+
+
+def test_random_numbers_are_the_same_in_the_backward_pass() -> None:
+    field, t = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double(), torch.linspace(0, 1, 5)
+
+    def gradient(method: str, **options: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        y0 = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+        y = torchdiffeq.odeint(lambda t, y: field(y), y0, t.double(), method=method, options=options)
+        return torch.autograd.grad((y**2).sum(), (y0, *field.parameters()))
+
+    assert_same(gradient("symplectic_adjoint:rk4", compile=AOT), gradient("rk4"))
