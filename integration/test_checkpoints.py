@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -349,6 +350,83 @@ class TestMemory:
 
         work()
         assert peak_bytes(work) <= budget
+
+
+class TestGraphsMadeAgain:
+    """Where the graph of a step is less than the states of all stages, steps are taken again with their graphs."""
+
+    def outcomes(self, method: str, budget: int, of_times: bool = False, dropout: bool = False, **options) -> None:
+        field = MLP(3, 16, torch.Generator().manual_seed(0))
+        if dropout:
+            field.register_forward_hook(lambda _, args, slope: slope * (1 + 0.01 * torch.rand_like(slope)))
+        y0 = torch.randn(64, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        t = torch.linspace(0, 1, 7, dtype=torch.float64)
+        adaptive = method in ADAPTIVE
+        options |= {"first_step": 1 / 96, "max_step": 1 / 96} if adaptive else {"step_size": 1 / 96}
+
+        def outcome(flag: str, **keep) -> Outcome:
+            torch.manual_seed(0)
+            return Outcome(
+                field, y0, t, of_times=of_times, method=flag + method, options=options | keep, rtol=1e6, atol=1e6
+            )
+
+        expected = outcome("")
+        with symplectic_plugin.profile() as solves:
+            found = errors(outcome(f"{FLAG}:", memory_budget=budget), expected)
+        found.pop("t", None)  # its rounding is the reference's: see test_torchdiffeq_gradients
+        assert max(found.values()) <= 1e-12, found
+        (report,) = solves
+        assert "stages" not in report.kept
+        # Once each, where they would be evaluated twice but for the last of each step.
+        assert 0 < report.recomputed <= report.evaluations
+
+    @pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun", "dopri8"])
+    @pytest.mark.parametrize("of_times", [False, True])
+    def test_each_evaluation_is_made_again_once(self, method, of_times) -> None:
+        self.outcomes(method, 1_200_000, of_times)
+
+    @pytest.mark.parametrize("method", ["rk4", "dopri5"])
+    def test_with_random_numbers(self, method) -> None:
+        self.outcomes(method, 3_000_000, dropout=True)
+
+    def test_with_an_interpolant_that_evaluates_the_vector_field_at_the_end(self) -> None:
+        self.outcomes("rk4", 1_200_000, interp="cubic")
+
+    def test_backward_twice(self) -> None:
+        field, y0 = network(3, 16), torch.randn(64, 3)
+        y = torchdiffeq.odeint(
+            lambda t, y: field(y), y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4",
+            options={"step_size": 0.01, "memory_budget": 500_000},
+        )  # fmt: skip
+        first, second = (torch.autograd.grad(y.sum(), field[0].weight, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+    @pytest.mark.parametrize("method", ["rk4", "dopri5"])
+    def test_the_memory_stays_within_the_budget(self, method) -> None:
+        field, y0 = network(), torch.randn(64, 8)
+        size = {"first_step": 1 / 200, "max_step": 1 / 200} if method in ADAPTIVE else {"step_size": 1 / 200}
+
+        def work(budget: int) -> None:
+            y = torchdiffeq.odeint(
+                lambda t, y: field(y), y0.clone().requires_grad_(), torch.tensor([0.0, 1.0]),
+                method=f"{FLAG}:{method}", rtol=1e6, atol=1e6, options={**size, "memory_budget": budget},
+            )  # fmt: skip
+            y[-1].sum().backward()
+
+        least = least_budget(work)
+        for factor in (2, 3, 4, 6, 9, 14, 20):
+            work(int(least * factor))
+            assert peak_bytes(lambda budget=int(least * factor): work(budget)) <= least * factor
+
+    def test_a_vector_field_that_has_changed_is_noticed(self) -> None:
+        field, y0, scale = network(3, 16), torch.randn(64, 3), ContextVar("scale", default=1.0)
+        y = torchdiffeq.odeint(
+            lambda t, y: field(y) * scale.get(), y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:rk4",
+            options={"step_size": 0.01, "memory_budget": 500_000},
+        )  # fmt: skip
+        scale.set(1.1)
+        with pytest.raises(RuntimeError, match="other values in the backward pass"):
+            y.sum().backward()
 
 
 class TestOptions:

@@ -91,7 +91,9 @@ class Checkpoints:
         self._budget = budget
         self._graph_bytes = self._state_bytes = self._lent = 0
         self._states = 0
-        self._keeps_slope = True
+        self.keeps_slope = True
+        self._evaluations_again = 0
+        self._makes_again = False
         self._spacing = 1
         self._positions: set[int] | None = None
         self._kept: list[weakref.ref[Kept]] = []
@@ -115,6 +117,7 @@ class Checkpoints:
         outputs: int,
         steps: int | None = None,
         solving: int = 0,
+        evaluations: int = 0,
     ) -> None:
         """Find out from the first evaluation of f what a solve needs.
 
@@ -127,11 +130,12 @@ class Checkpoints:
             outputs: how many output times there are.
             steps: how many steps there will be, if that is known.
             solving: the bytes that solving for the stages of a step takes, if they have to be.
+            evaluations: how many a step makes, if its graph could be made again.
 
         Raises:
             ValueError: if the budget is too small.
         """
-        self._keeps_slope = keeps_slope
+        self.keeps_slope = keeps_slope
         size, sizes = _bytes(state), field.memory_of(evaluation)
         gradients = sum(x.numel() * max(4, x.element_size()) for x in field.dependencies)
         # Beside a graph: what its backward pass makes; the sums of gradients, and those to be added; the slopes of a
@@ -150,12 +154,40 @@ class Checkpoints:
         field.report.evaluation_bytes = sum(sizes)
         if self._budget is not None and self._room() < self._least(steps) * self._state:
             self._refuse(self.working + self._least(steps) * self._state)
+        self._plan_graphs_again(evaluations, size, stages, steps)
         if steps is None or self._state == 0:
             return
         if self.policy == "binomial" or (self._budget is not None and self.policy == "auto"):
             snapshots = self._snapshots()
             if steps > snapshots:
                 self._positions = positions(steps, snapshots)
+
+    def _plan_graphs_again(self, evaluations: int, size: int, stages: int, steps: int | None) -> None:
+        """Plan to make the graphs of steps again, one at a time, if the graph of a whole step is less than stages.
+
+        Args:
+            evaluations: how many a step makes.
+            size: of a state.
+            stages, steps: as for `measure`.
+        """
+        if self.policy != "auto" or self._states_alone or evaluations == 0:
+            return
+        more = (evaluations - 1) * self._largest
+        # The first slope, where it is that of the step before, is kept rather than evaluated again.
+        state = size * 2 if self.keeps_slope or evaluations < stages else size
+        if steps is None:
+            fits = more <= self._room() / 4
+        else:
+            fits = more <= steps * (stages - 1) * size and more + steps * state <= self._room(steps * state)
+        if fits:
+            self._evaluations_again = evaluations
+            self.keeps_slope = self.keeps_slope or evaluations < stages
+            self._state = state if self.storage.on_device else 0
+
+    @property
+    def makes_graphs_again(self) -> bool:
+        """Whether the graphs of steps are to be made again, where they were not kept."""
+        return self._evaluations_again > 0
 
     def size_of(self, graph: Graph) -> int:
         """The bytes that a step's graph keeps, where evaluations that made as many nodes are taken to be as large."""
@@ -228,7 +260,7 @@ class Checkpoints:
 
     def wants_stages(self) -> bool:
         """Whether the states of stages are to be kept as far as there is room."""
-        if self._states_alone or self._is_binomial():
+        if self._states_alone or self._is_binomial() or self.makes_graphs_again:
             return False
         return self.policy in ("auto", "stages")
 
@@ -262,6 +294,8 @@ class Checkpoints:
         elif kept.stages is not None:
             self._count_stages(kept, sum(map(_bytes, kept.stages)))
             self._with_stages.append(me)
+        else:
+            self._makes_again = True
         while self.used > self._room():
             self._drop()
 
@@ -328,12 +362,14 @@ class Checkpoints:
 
     def _room(self, more_states: int = 0) -> float:
         """The bytes that what is kept may take, when that many more have been added for states."""
-        if self._budget is not None:
-            return self._budget - self.working
-        if self.policy != "auto":
+        if self._budget is None and self.policy != "auto":
             return float("inf")
+        # A step's graph that is made again takes more than that of one evaluation.
+        again = (self._evaluations_again - 1) * self._largest if self._makes_again and self.makes_graphs_again else 0
+        if self._budget is not None:
+            return self._budget - self.working - again
         least = self.working + self._state_bytes + more_states
-        return max(DEFAULT_BUDGET, 2 * least) - self.working
+        return max(DEFAULT_BUDGET, 2 * least) - self.working - again
 
     def _snapshots(self) -> int:
         if self._budget is not None:
@@ -362,6 +398,8 @@ class Checkpoints:
         elif self.policy != "stages" and (kept := _oldest(self._with_stages)) is not None:
             kept.stages = None
             self._count_stages(kept, 0)
+        elif self.makes_graphs_again:
+            self._evaluations_again = 0
         elif self.policy in ("auto", "binomial") and self._states > _FEWEST and self._thin():
             pass
         else:
@@ -378,6 +416,7 @@ class Checkpoints:
         stages = [stage.detach() for stage in kept.graph.stages[1:]]
         kept.graph = None
         self._count_graphs(kept, 0)
+        self._makes_again = True
         if self.wants_stages():
             kept.stages = stages
             self._count_stages(kept, sum(map(_bytes, stages)))
@@ -425,7 +464,7 @@ class Checkpoints:
     def _put(self, pair: tuple[Tensor, Tensor | None]) -> tuple[Any, Any]:
         """A state and a slope into storage, the slope only where it can't be evaluated again."""
         state, slope = pair
-        return self.storage.put(state), self.storage.put(slope) if slope is not None and self._keeps_slope else None
+        return self.storage.put(state), self.storage.put(slope) if slope is not None and self.keeps_slope else None
 
     def _count_state(self, kept: Kept, size: int) -> None:
         size = size if self.storage.on_device else 0

@@ -1,4 +1,4 @@
-"""Taking the steps of a recorded solve again, without graphs."""
+"""Taking the steps of a recorded solve again, without graphs or with that of one step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kept import Kept
+from .cotangents import StandIns
+from .kept import Graph, Kept
 from .randomness import GeneratorStates
 from .runge_kutta import combined
+from .stage_graphs import StageGraphs
+from .step_graph import StepGraph
 from .tableau import ButcherTableau
 from .trajectory import Trajectory
 from .vector_field import VectorField
@@ -75,6 +78,50 @@ class Retaker:
                 field.report.recomputed += 1
             slopes.append(current)
         return slopes, draws
+
+    def graph(
+        self, n: int, start: Tensor, slope: Tensor | None, stand_ins: StandIns, by_stage: bool, want_time: bool
+    ) -> Graph:
+        """The graph of a step, made again.
+
+        Args:
+            n: which step.
+            start: the state at its start.
+            slope: its first slope, if it was handed on and is not to be evaluated again.
+            stand_ins: what takes the place of dependencies in it.
+            by_stage: whether it is to be a graph for each evaluation.
+            want_time: whether the products with df/dt will be needed, of each evaluation.
+        """
+        field, tableau, step = self.field, self.trajectory.tableau, self.trajectory.steps[n]
+        times, keywords = self.stage_times(n), self.trajectory.stage_keywords(step)
+        if step.slope_handed_on and slope is None:
+            slope = field(times[0], start, keywords[0])
+            field.report.recomputed += 1
+        first = slope if step.slope_handed_on else None
+        graph: Graph
+        if by_stage:
+            graph = StageGraphs(field, start, first, want_time)
+        else:
+            graph = StepGraph(field, tableau, start, step.h, first)
+        graph.stand_ins = stand_ins
+        i, s, at_once = len(graph.slopes), tableau.stages, self.trajectory.at_once
+        if (
+            at_once is not None
+            and isinstance(graph, StepGraph)
+            and at_once(graph, times[i:s], keywords[i:s], first is not None)
+        ):
+            field.report.recomputed += s - i
+            return graph
+        for i in range(len(graph.slopes), tableau.stages):
+            if (before := step.draws_before(i)) is not None:
+                field.generators.set(before)
+            if isinstance(graph, StepGraph):
+                with torch.enable_grad():
+                    graph.add_stage(times[i], None, keywords[i])
+            else:
+                graph.evaluate(times[i], combined(start, tableau.numbers[0][i], graph.slopes, step.h), keywords[i])
+            field.report.recomputed += 1
+        return graph
 
     def advance(self, kept: Kept, state: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Take a step from what is at its start to what is at its end, as the host did: the same to the last bit."""

@@ -34,17 +34,14 @@ class StepProgram:
         function: `function(t, x)`, the vector field with what the host has put around it.
         compiled: what the user gave, compiled, which is in it.
         tableau: the method's.
-        is_given: whether the slope at a step's start is evaluated outside the step.
     """
 
-    def __init__(
-        self, function: Callable[..., Tensor], compiled: Compiled, tableau: ButcherTableau, is_given: bool
-    ) -> None:
+    def __init__(self, function: Callable[..., Tensor], compiled: Compiled, tableau: ButcherTableau) -> None:
         self.function = function
         self.compiled = compiled
         a, b = tableau.numbers
         self._step = functools.partial(_step, a, None if tableau.first_same_as_last else b)
-        self._key = f"step {a} {b} {is_given} "
+        self._key = f"step {a} {b} "
 
     @property
     def works(self) -> bool:

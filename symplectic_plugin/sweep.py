@@ -64,6 +64,10 @@ def sweep(
     n = len(trajectory.steps)
     while n > 0:
         n -= 1
+        recalled: tuple[Tensor, Tensor | None] | None = None
+        if isinstance(back, _StepBack) and back.makes_graph(n):
+            recalled = trajectory.checkpoints.recall(trajectory.kept[n], back.retaker.advance)
+            back.make_graph(n, *recalled)
         pulled = back.pull(n, end, adjoint, {last: slope_cotangent})
         if pulled is not None:
             first, end, adjoint, slope_cotangent = pulled
@@ -75,7 +79,7 @@ def sweep(
             begin = end
             while begin > 0 and places[begin - 1][0] == n:
                 begin -= 1
-            state, slope = trajectory.checkpoints.recall(trajectory.kept[n], back.retaker.advance)
+            state, slope = recalled or trajectory.checkpoints.recall(trajectory.kept[n], back.retaker.advance)
             adjoint, slope_cotangent, of_step = back(n, state, slope, begin, end, adjoint, {last: slope_cotangent})
             if of_step is not None:
                 times.append(of_step)
@@ -83,6 +87,8 @@ def sweep(
         if not keep:
             for kept in trajectory.kept[first : n + 1]:
                 trajectory.checkpoints.release(kept)
+        elif recalled is not None:
+            trajectory.kept[n].graph = None
         n = first
     trajectory.checkpoints.end_of_recall()
     field.require_same(back.worst_deviation)
@@ -121,11 +127,16 @@ def sweep_step(
     back = _step_back(trajectory)(trajectory, field, sums, nothing, want_times, keep)
     back.following = following
     adjoint, first_slope, times = cotangent, None, None
+    made_again = isinstance(back, _StepBack) and back.makes_graph(0)
+    if isinstance(back, _StepBack) and made_again:
+        back.make_graph(0, state, slope)
     pulled = back.pull(0, 0, adjoint, slope_cotangents)
     if pulled is not None:
         _, _, adjoint, first_slope = pulled
     else:
         adjoint, first_slope, times = back(0, state, slope, 0, 0, adjoint, slope_cotangents)
+    if made_again:
+        trajectory.kept[0].graph = None
     field.require_same(back.worst_deviation)
     return adjoint, first_slope, None if times is None else gathered([times], nothing)
 
@@ -278,6 +289,25 @@ class _StepBack:
             adjoint = adjoint + given.sum(0)
         moved = _sum(xi)  # first: each by itself would be rounded to the adjoint's last digit
         return adjoint if moved is None else adjoint + moved, first_slope_cotangent, times
+
+    def makes_graph(self, n: int) -> bool:
+        """Whether the graph of step n is to be made again."""
+        kept = self.trajectory.kept[n]
+        return self.trajectory.checkpoints.makes_graphs_again and kept.graph is None and kept.stages is None
+
+    def make_graph(self, n: int, state: Tensor, slope: Tensor | None) -> None:
+        """Make the graph of step n again, which is kept from then on.
+
+        Args:
+            n: which step.
+            state: the state at its start.
+            slope: the slope there, if it was handed on and is not to be evaluated again.
+        """
+        trajectory, want_time = self.trajectory, self.derivatives is not None
+        by_stage, start = want_time or trajectory.dense.end_stage, state.to(self.given.dtype)
+        graph = self.retaker.graph(n, start, slope, self.sums.stand_ins, by_stage, want_time)
+        self._compare(trajectory.tableau, trajectory.steps[n].h, start, [slope.detach() for slope in graph.slopes])
+        trajectory.kept[n].graph = graph
 
     def _stage_graphs(self, n: int) -> StageGraphs | None:
         """The graphs of step n's evaluations, if they were kept and can be used."""

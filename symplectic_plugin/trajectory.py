@@ -17,6 +17,7 @@ from .checkpoints import Checkpoints
 from .implicit.solve import ImplicitSolve
 from .kept import Kept
 from .randomness import GeneratorStates
+from .step_graph import StepGraph
 from .tableau import ButcherTableau
 
 
@@ -129,6 +130,8 @@ class Trajectory:
         steps: the accepted steps, in order.
         kept: what is kept of each.
         outputs: for each output but the initial state, the step that it lies in and its place theta there, in order.
+        at_once: has a step's graph made at once, `at_once(graph, times, keywords, whether the first slope is in it)`;
+            returns whether it was.
     """
 
     tableau: ButcherTableau
@@ -142,6 +145,7 @@ class Trajectory:
     steps: list[Step] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     outputs: list[tuple[int, float]] = field(default_factory=list)
+    at_once: Callable[[StepGraph, Sequence[Tensor], Sequence[Mapping[str, Any]], bool], bool] | None = None
 
     @property
     def end(self) -> Tensor | None:

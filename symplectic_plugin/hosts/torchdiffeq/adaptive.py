@@ -82,7 +82,7 @@ class Adaptive(Recorder):
         if (len(self.step_t) or len(self.jump_t)) and self._accepted_size != self._proposed_size(rk_state.dt):
             self._times.cut_steps[len(self.trajectory.steps)] = self.output_at(new.t1)
         # Else it can be evaluated again from the state: but not where f drew numbers for it two steps ago.
-        slope_needed = self._slope_handed_on and (self.trajectory.keeps_slope or self.func.draws is not None)
+        slope_needed = self._slope_handed_on and (self.checkpoints.keeps_slope or self.func.draws is not None)
         # On other devices they are read back when the solve is done, all at once.
         number: Callable[[Any], Any] = float if self.y0.device.type == "cpu" else lambda x: x
         self.note(

@@ -55,10 +55,13 @@ def runge_kutta_step(
     columns = k.unbind(-1)
     columns[0].copy_(f0)
     times, weights = (t0 + tableau.alpha * dt).unbind(), (tableau.weights * dt).split(tableau.lengths)
-    at = [(t1 if of is Perturb.PREV else t, of) for t, of in zip(times, tableau.perturbs, strict=True)]
-    slopes = func.slopes_at_once(at) if isinstance(func, RecordedField) else None
-    yi, last = y0, len(at) - 1
-    for i, (t, perturb) in enumerate(at):
+    perturbs = tableau.perturbs
+    times = [t1 if of is Perturb.PREV else t for t, of in zip(times, perturbs, strict=True)]
+    slopes: list[Tensor] | None = None
+    if isinstance(func, RecordedField) and func.at_once is not None:
+        slopes = func.take_at_once(times, [{"perturb": perturb} for perturb in perturbs], float(dt), y0, f0)
+    yi, last = y0, len(times) - 1
+    for i, (t, perturb) in enumerate(zip(times, perturbs, strict=True)):
         if slopes is None or i == last:
             yi = y0 + torch.sum(k.narrow(-1, 0, i + 1) * weights[i], dim=-1)
         columns[i + 1].copy_(func(t, yi, perturb=perturb) if slopes is None else slopes[i])

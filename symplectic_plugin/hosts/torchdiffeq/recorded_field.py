@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.misc import Perturb, _PerturbFunc
+from torchdiffeq._impl.misc import Perturb
 
 from ...compiled import Compiled
 from ...cotangents import StandIns
@@ -16,40 +16,10 @@ from ...kept import Graph
 from ...randomness import GeneratorStates
 from ...runge_kutta import combined
 from ...step_graph import StepGraph
-from ...step_program import StepProgram
 from ...tableau import ButcherTableau
 from ...trajectory import Step
 from ...vector_field import VectorField
-
-
-class Unperturbed:
-    """The vector field without the outermost of torchdiffeq's wrappers, where times need no gradient.
-
-    That moves a time to its neighbour on request, and puts it into the state's precision, at a cost that a small
-    network feels.
-    """
-
-    def __init__(self, func: Any) -> None:
-        self.func = func
-        self.inner = func.base_func if type(func) is _PerturbFunc else func
-
-    def __call__(self, t: Tensor, y: Tensor, perturb: Perturb = Perturb.NONE) -> Any:
-        if self.inner is self.func and perturb is Perturb.NONE:
-            return self.func(t, y)
-        if not self.leaves(t, y) or (t.requires_grad and perturb is not Perturb.NONE):
-            return self.func(t, y, perturb=perturb)
-        return self.inner(self.moved(t, perturb), y)
-
-    def leaves(self, t: Tensor, y: Tensor) -> bool:
-        """Whether the wrapper is there, and does nothing but move a time t for a state y."""
-        return self.inner is not self.func and t.dtype == y.dtype and not t.is_complex()
-
-    @staticmethod
-    def moved(t: Tensor, perturb: Perturb = Perturb.NONE) -> Tensor:
-        """The time that the wrapper hands on."""
-        if perturb is Perturb.NONE:
-            return t
-        return torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1)
+from .step_at_once import StepAtOnce
 
 
 class RecordedField:
@@ -61,8 +31,8 @@ class RecordedField:
         self.initial = initial
         self.compiled = compiled
         self.on_discovery: Callable[[Evaluation], bool] | None = None
-        # A step with it, compiled, if that is wanted.
-        self.program: StepProgram | None = None
+        # A step of the method with it, compiled, if that is wanted.
+        self.at_once: StepAtOnce | None = None
         self.want_time = False
         self.evaluated_after_jump = False
         # Where the generators were, if f draws: before the first evaluation of this step, before the latest one, and
@@ -109,60 +79,60 @@ class RecordedField:
         if self.on_discovery is not None:
             slopes.append(self._evaluate(times[0], y, keywords[0], True))
             self.stages.append(y)
-        if isinstance(graph := self.graph, StepGraph):
-            at = [(t, of.get("perturb", Perturb.NONE)) for t, _, of in stages]
-            if not self._take_at_once(graph, at, is_given=False):
-                with torch.enable_grad():
-                    for t, _, of_stage in stages[len(slopes) :]:
-                        self._count()
-                        graph.add_stage(t, None, of_stage)
-                        if not self.has_room_for(graph):
-                            self.graph = None
-                            break
-            if self.graph is not None:
-                return graph.moved.detach(), graph.slopes[0].detach()
-            slopes, self.stages = ([x.detach() for x in of] for of in (graph.slopes, graph.stages))
+        at_once = self.take_at_once(times[: len(a)], keywords[: len(a)], step.h, y)
+        if at_once is not None:
+            slopes = at_once
+        elif isinstance(graph := self.graph, StepGraph):
+            with torch.enable_grad():
+                for t, _, of_stage in stages[len(slopes) :]:
+                    self._count()
+                    graph.add_stage(t, None, of_stage)
+                    if not self.has_room_for(graph):
+                        self.graph = None
+                        slopes, self.stages = ([x.detach() for x in of] for of in (graph.slopes, graph.stages))
+                        break
+        if isinstance(self.graph, StepGraph):
+            return self.graph.moved.detach(), self.graph.slopes[0].detach()
         for t, row, of_stage in stages[len(slopes) :]:
             stage = combined(y, row, slopes, step.h)
             slopes.append(self._evaluate(t, stage, of_stage, True))
             self.stages.append(stage)
         return combined(None, b, slopes, step.h), slopes[0]
 
-    def slopes_at_once(self, at: Sequence[tuple[Tensor, Perturb]]) -> list[Tensor] | None:
-        """The slopes of a step that has begun with the first one, if there is a program that evaluates them at once.
+    def take_at_once(
+        self,
+        times: Sequence[Tensor],
+        keywords: Sequence[Keywords],
+        h: float | None,
+        y: Tensor,
+        slope: Tensor | None = None,
+    ) -> list[Tensor] | None:
+        """The slopes of a step that has begun, without graphs, if there is a program that evaluates them at once.
 
         Args:
-            at: the times of the stages but the first, and how these are moved.
+            times: of the stages whose slopes are to be evaluated.
+            keywords: to be passed on to f for them.
+            h: the step's size, if it is known.
+            y: the state at its start.
+            slope: the slope there, if it is not to be evaluated.
         """
-        if not isinstance(graph := self.graph, StepGraph) or not self._take_at_once(graph, at, is_given=True):
+        graph, at_once = self.graph, self.at_once
+        if at_once is None or h is None or self.on_discovery is not None:
             return None
-        return [slope.detach() for slope in graph.slopes[1:]]
-
-    def _take_at_once(self, graph: StepGraph, at: Sequence[tuple[Tensor, Perturb]], is_given: bool) -> bool:
-        """Have all slopes of a step evaluated at once, if there is a program for it; returns whether that was done.
-
-        Args:
-            graph: the step's.
-            at: the times of the stages whose slopes are to be evaluated, and how these are moved.
-            is_given: whether the first slope is the one that is in the graph already.
-        """
-        field, program = self.field, self.program
-        # Numbers that a program draws are others than those that f does.
-        if program is None or not program.works or field.draws or field.stand_ins:
-            return False
-        unperturbed: Any = field.function
-        if not unperturbed.leaves(at[0][0], graph.origin):
-            return False
-        times = [Unperturbed.moved(t, perturb) for t, perturb in at]
-        precision = torch.float32 if graph.origin.device.type == "mps" else torch.float64
-        size = torch.full((), graph.h, dtype=precision, device=graph.origin.device)
-        if not graph.add_stages(program, times, size, is_given):
-            return False
-        self.stages = [stage.detach() for stage in graph.stages[1 if is_given else 0 :]]
-        field.report.evaluations += len(times)
-        if not self.has_room_for(graph):
-            self.graph = None
-        return True
+        if graph is None:
+            taken = at_once.without_graph(times, keywords, h, y, slope)
+            if taken is None:
+                return None
+            self.stages, slopes = [*([y] if slope is None else []), *taken.stages], taken.slopes
+        elif isinstance(graph, StepGraph) and at_once(graph, times, keywords, slope is not None):
+            self.stages = [stage.detach() for stage in graph.stages[0 if slope is None else 1 :]]
+            slopes = [slope.detach() for slope in graph.slopes[0 if slope is None else 1 :]]
+            if not self.has_room_for(graph):
+                self.graph = None
+        else:
+            return None
+        self.field.report.evaluations += len(times)
+        return slopes
 
     def _count(self) -> None:
         """Note that f is about to be evaluated."""

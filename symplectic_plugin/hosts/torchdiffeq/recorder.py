@@ -18,11 +18,11 @@ from ...implicit.solve import ImplicitSolve
 from ...kept import Graph, Kept
 from ...stage_graphs import StageGraphs
 from ...step_graph import StepGraph
-from ...step_program import StepProgram
 from ...tableau import ButcherTableau
 from ...trajectory import Step, TakeStep, Trajectory
 from .methods import hands_on_slope, read_dense_output, read_method
 from .recorded_field import RecordedField
+from .step_at_once import StepAtOnce
 from .times import StageTimes
 
 
@@ -91,8 +91,7 @@ class Recorder(ABC):
         self._evaluations = tableau.stages - (1 if handed_on else 0)
         self._planned = steps
         if (compiled := self.func.compiled) is not None and tableau.explicit:
-            inner: Any = field.function
-            self.func.program = StepProgram(inner.inner, compiled, tableau, handed_on)
+            self.func.at_once = self.trajectory.at_once = StepAtOnce(field, compiled, tableau)
         slope_kept = self.trajectory.keeps_slope
         # Outputs may be made of slopes that are in no graph.
         may_link = self.is_own and not dense.end_stage and wide(self.y0.dtype) == self.y0.dtype
@@ -101,7 +100,8 @@ class Recorder(ABC):
         def begin(evaluation: Evaluation) -> bool:
             solving = self.discovered(evaluation)
             slopes_kept = slope_kept or (handed_on and field.draws)
-            checkpoints.measure(field, evaluation, self.y0, tableau.stages, slopes_kept, outputs, steps, solving)
+            again = 0 if self.trajectory is None or self.trajectory.implicit else self._evaluations
+            checkpoints.measure(field, evaluation, self.y0, tableau.stages, slopes_kept, outputs, steps, solving, again)
             # Within a graph autograd sums in the tensors' precision: of half precision that is to be no long sum.
             self._links_graphs = may_link and all(wide(x.dtype) == x.dtype for x in field.dependencies)
             wanted = self._wants_graph()

@@ -23,9 +23,10 @@ from ...whole_graph import with_graph
 from ...witness import refuse_transforms
 from . import adjoint, implicit
 from .methods import base_solver, is_one_step, solvers
-from .recorded_field import RecordedField, Unperturbed
+from .recorded_field import RecordedField
 from .recording import recording
 from .times import GridTimes, StartingTime
+from .unperturbed import Unperturbed
 
 
 def _with_compiled_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> tuple[Any, Compiled]:

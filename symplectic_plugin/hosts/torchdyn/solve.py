@@ -222,7 +222,7 @@ class Evaluations:
         self.draws = before if field.draws else None
         solve.discovered = True
         checkpoints, stages = solve.checkpoints, solve.tableau.stages
-        checkpoints.measure(field, evaluation, argument, stages, field.draws, outputs=2)
+        checkpoints.measure(field, evaluation, argument, stages, field.draws, outputs=2, evaluations=stages)
         # Autograd sums in the tensors' precision: of half precision that is to be no long sum.
         needed = argument.requires_grad or any(tensor.requires_grad for tensor in field.dependencies)
         solve.goes_on = needed and all(wide(x.dtype) == x.dtype for x in (argument, *field.dependencies))

@@ -1,0 +1,75 @@
+"""A step by torchdiffeq whose stages are one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compiled import Compiled
+from ...evaluation import Keywords
+from ...step_graph import StepGraph
+from ...step_program import StepProgram, TakenStep
+from ...tableau import ButcherTableau
+from ...vector_field import VectorField
+from .unperturbed import Unperturbed
+
+
+class StepAtOnce:
+    """Takes steps by a program.
+
+    Args:
+        field: the vector field, of an `Unperturbed`.
+        compiled: what the user gave, compiled, which is in that.
+        tableau: the method's.
+    """
+
+    def __init__(self, field: VectorField, compiled: Compiled, tableau: ButcherTableau) -> None:
+        function: Any = field.function
+        self._unperturbed: Unperturbed = function
+        self._field = field
+        self._program = StepProgram(self._unperturbed.inner, compiled, tableau)
+
+    def __call__(self, graph: StepGraph, times: Sequence[Tensor], keywords: Sequence[Keywords], is_given: bool) -> bool:
+        """Have all slopes of a step evaluated, with their graph; returns whether that could be done.
+
+        Args:
+            graph: the step's.
+            times: of the stages whose slopes are to be evaluated.
+            keywords: with which the host has f evaluated for them.
+            is_given: whether the first slope is the one that is in the graph already.
+        """
+        if graph.stand_ins or not self._works(times, graph.origin):
+            return False
+        return graph.add_stages(self._program, *self._times(times, keywords, graph.h, graph.origin), is_given)
+
+    def without_graph(
+        self, times: Sequence[Tensor], keywords: Sequence[Keywords], h: float, start: Tensor, slope: Tensor | None
+    ) -> TakenStep | None:
+        """The same without graphs; None if it can't be done.
+
+        Args:
+            times, keywords: as for a call.
+            h: the step's size.
+            start: the state at its start.
+            slope: the slope there, if it is given.
+        """
+        if not self._works(times, start):
+            return None
+        given = None if slope is None else slope.contiguous()  # each other layout would be compiled for as well
+        with torch.no_grad():
+            return self._field.taken_by(self._program, *self._times(times, keywords, h, start), start, given)
+
+    def _works(self, times: Sequence[Tensor], start: Tensor) -> bool:
+        # Numbers that a program draws are others than those that f does.
+        return self._program.works and not self._field.draws and self._unperturbed.leaves(times[0], start)
+
+    def _times(
+        self, times: Sequence[Tensor], keywords: Sequence[Keywords], h: float, start: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """The times as f is to have them, and the step's size."""
+        moved = [Unperturbed.moved(t, **of_stage) for t, of_stage in zip(times, keywords, strict=True)]
+        precision = torch.float32 if start.device.type == "mps" else torch.float64
+        return moved, torch.full((), h, dtype=precision, device=start.device)
