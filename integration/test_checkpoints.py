@@ -404,7 +404,7 @@ class TestGraphsMadeAgain:
     @pytest.mark.parametrize("method", ["rk4", "dopri5"])
     def test_the_memory_stays_within_the_budget(self, method) -> None:
         field, y0 = network(), torch.randn(64, 8)
-        size = {"first_step": 1 / 200, "max_step": 1 / 200} if method in ADAPTIVE else {"step_size": 1 / 200}
+        size = {"first_step": 1 / 60, "max_step": 1 / 60} if method in ADAPTIVE else {"step_size": 1 / 60}
 
         def work(budget: int) -> None:
             y = torchdiffeq.odeint(
@@ -414,7 +414,7 @@ class TestGraphsMadeAgain:
             y[-1].sum().backward()
 
         least = least_budget(work)
-        for factor in (2, 3, 4, 6, 9, 14, 20):
+        for factor in (2, 3, 6, 12):
             work(int(least * factor))
             assert peak_bytes(lambda budget=int(least * factor): work(budget)) <= least * factor
 
