@@ -93,7 +93,7 @@ class Checkpoints:
         self._states = 0
         self.keeps_slope = True
         self._evaluations_again = 0
-        self._makes_again = False
+        self._makes_again = self._slopes_are_spare = False
         self._spacing = 1
         self._positions: set[int] | None = None
         self._kept: list[weakref.ref[Kept]] = []
@@ -172,17 +172,18 @@ class Checkpoints:
         """
         if self.policy != "auto" or self._states_alone or evaluations == 0:
             return
-        more = (evaluations - 1) * self._largest
-        # The first slope, where it is that of the step before, is kept rather than evaluated again.
-        state = size * 2 if self.keeps_slope or evaluations < stages else size
-        if steps is None:
-            fits = more <= self._room() / 4
-        else:
-            fits = more <= steps * (stages - 1) * size and more + steps * state <= self._room(steps * state)
-        if fits:
-            self._evaluations_again = evaluations
-            self.keeps_slope = self.keeps_slope or evaluations < stages
-            self._state = state if self.storage.on_device else 0
+        more, room = (evaluations - 1) * self._largest, self._room()
+        fits = steps is not None and more + steps * size <= self._room(steps * size)
+        if steps is not None and more > steps * (stages - 1) * size:
+            return
+        if not fits and (more > room / 3 or more + self._least(steps) * self._state > room):
+            return
+        self._evaluations_again = evaluations
+        self._makes_again = steps is not None and not fits  # then there are snapshots, whose number is planned
+        if evaluations < stages and not self.keeps_slope:
+            # The first slope, that of the step before, is kept rather than evaluated again.
+            self.keeps_slope = self._slopes_are_spare = True
+            self._state *= 2
 
     @property
     def makes_graphs_again(self) -> bool:
@@ -398,10 +399,12 @@ class Checkpoints:
         elif self.policy != "stages" and (kept := _oldest(self._with_stages)) is not None:
             kept.stages = None
             self._count_stages(kept, 0)
-        elif self.makes_graphs_again:
-            self._evaluations_again = 0
+        elif self._slopes_are_spare:
+            self._drop_slopes()
         elif self.policy in ("auto", "binomial") and self._states > _FEWEST and self._thin():
             pass
+        elif self.makes_graphs_again:
+            self._evaluations_again = 0
         else:
             self._refuse(self.working + self.used)
 
@@ -435,6 +438,15 @@ class Checkpoints:
                 self._drop_state(kept)
                 dropped = True
         return dropped
+
+    def _drop_slopes(self) -> None:
+        """Have slopes evaluated again that could be."""
+        self._slopes_are_spare = self.keeps_slope = False
+        self._state //= 2
+        for ref in self._kept:
+            if (kept := ref()) is not None and kept.slope is not None:
+                kept.slope = None
+                self._count_state(kept, kept.size // 2)
 
     def _drop_state(self, kept: Kept) -> None:
         if kept.state is not None:
