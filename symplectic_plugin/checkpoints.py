@@ -198,15 +198,21 @@ class Checkpoints:
         """Whether a graph in the making can be kept, even if its latest evaluation is larger than those before."""
         if graph.nodes[-1] in self._sizes:
             return True
-        self.bytes_of(graph.field, graph.latest)
-        return self.used + self.size_of(graph) <= self._room()
+        working, latest = self.working, graph.latest
+        self.bytes_of(graph.field, latest)
+        if self.used + self.size_of(graph) <= self._room():
+            return True
+        if latest.at_once:  # it is the program that keeps more, not f that has grown
+            self.working = working
+        return False
 
     def bytes_of(self, field: VectorField, evaluation: Evaluation) -> int:
         """The bytes that an evaluation keeps with its graph, as for `size_of`."""
         nodes = evaluation.nodes
         if nodes not in self._sizes:
             self._sizes[nodes] = sum(field.memory_of(evaluation)) + self._state
-            each = -(-self._sizes[nodes] // max(1, evaluation.at_once))
+            others = sum(map(_bytes, evaluation.others))  # which are counted apart, as the slopes of a step
+            each = -(-(self._sizes[nodes] - others) // max(1, evaluation.at_once))
             # Beside it there will be what its backward pass makes.
             self.working += 3 * max(0, each - self._largest)
             self._largest = max(self._largest, each)

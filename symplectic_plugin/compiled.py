@@ -74,7 +74,8 @@ class Compiled:
             copy = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
             programs[key] = torch.compile(copy, **self._options)
         try:
-            result = programs[key](*args, **keywords)
+            with _counters():
+                result = programs[key](*args, **keywords)
             # What CUDA graphs return is theirs, and overwritten when they run again.
             return tree_map_only(Tensor, _own, result) if torch.cuda.is_initialized() else result
         except Exception as error:
@@ -93,6 +94,22 @@ class Compiled:
 
 def _evaluate(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
     return function(*args, **keywords)
+
+
+class _counters:  # noqa: N801
+    """A context in which a module that counts its evaluations is not compiled anew for each number."""
+
+    def __enter__(self) -> None:
+        self.before = getattr(torch._dynamo.config, _COUNTERS, None)  # torch 2.5 has no such option
+        if self.before is False:
+            setattr(torch._dynamo.config, _COUNTERS, True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is False:
+            setattr(torch._dynamo.config, _COUNTERS, False)
+
+
+_COUNTERS = "allow_unspec_int_on_nn_module"
 
 
 def _own(tensor: Tensor) -> Tensor:

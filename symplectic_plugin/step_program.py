@@ -34,19 +34,18 @@ class StepProgram:
         function: `function(t, x)`, the vector field with what the host has put around it.
         compiled: what the user gave, compiled, which is in it.
         tableau: the method's.
+
+    Attributes:
+        works: whether it is of use.
     """
 
     def __init__(self, function: Callable[..., Tensor], compiled: Compiled, tableau: ButcherTableau) -> None:
         self.function = function
         self.compiled = compiled
+        self.works = True
         a, b = tableau.numbers
         self._step = functools.partial(_step, a, None if tableau.first_same_as_last else b)
         self._key = f"step {a} {b} "
-
-    @property
-    def works(self) -> bool:
-        """Whether it has not failed yet."""
-        return self.compiled.is_compiled
 
     def __call__(self, times: Sequence[Tensor], h: Tensor, start: Tensor, slope: Tensor | None) -> TakenStep:
         """Take a step, with its graph if grad is enabled.
@@ -73,17 +72,24 @@ def _step(a: Sequence[Sequence[float]], b: Sequence[float] | None) -> Any:
             stage = start
             for weight, k in zip(a[len(slopes)], slopes, strict=False):
                 if weight != 0:
-                    stage = stage + k * (h * weight)
+                    stage = stage + _scaled(k, h * weight, start)
             stages.append(stage)
             slopes.append(function(t, stage))
         moved = None
         if b is not None:
             for weight, k in zip(b, slopes, strict=False):
                 if weight != 0:
-                    moved = k * (h * weight) if moved is None else moved + k * (h * weight)
+                    term = _scaled(k, h * weight, start)
+                    moved = term if moved is None else moved + term
         first = 1 if slope is None else 0
         last = len(stages) if b is not None else len(stages) - 1
         detached = [stage.detach() for stage in stages[first:last]]
         return [*detached, *stages[max(first, last) :]], slopes[1 - first :], moved
 
     return step
+
+
+def _scaled(slope: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+    """A slope times a number, in the state's dtype: under autocast the slope may have less precision, and a state that
+    is a number itself would take the weight's."""
+    return (slope.to(state.dtype) * weight).to(state.dtype)

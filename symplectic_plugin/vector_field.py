@@ -266,11 +266,13 @@ class VectorField:
     def taken_by(
         self, program: StepProgram, times: Sequence[Tensor], h: Tensor, start: Tensor, slope: Tensor | None
     ) -> TakenStep | None:
-        """A step as a program of f takes it; None if its slopes are not as the state is."""
+        """A step as a program of f takes it; None if its slopes don't go with the state."""
         with self.autocast.again():
             taken = program(times, h, start, slope)
-        if any(k.dtype is not start.dtype or k.shape != start.shape for k in taken.slopes):
-            return None
+        for k in taken.slopes:
+            if k.shape != start.shape or torch.promote_types(k.dtype, start.dtype) != start.dtype:
+                program.works = False  # f will say so, where it is evaluated by itself
+                return None
         return taken
 
     def _checked(self, slope: Any, x: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ class Recorder(ABC):
         self.func.whole = may_link and checkpoints.storage.on_device and self._wants_graph()
 
         def begin(evaluation: Evaluation) -> bool:
-            solving = self.discovered(evaluation)
+            # A program returns all stages and slopes at once.
+            at_once = tableau.stages * self.y0.numel() * self.y0.element_size() if self.func.at_once else 0
+            solving = self.discovered(evaluation) + at_once
             slopes_kept = slope_kept or (handed_on and field.draws)
             again = 0 if self.trajectory is None or self.trajectory.implicit else self._evaluations
             checkpoints.measure(field, evaluation, self.y0, tableau.stages, slopes_kept, outputs, steps, solving, again)

@@ -64,7 +64,9 @@ class StepAtOnce:
 
     def _works(self, times: Sequence[Tensor], start: Tensor) -> bool:
         # Numbers that a program draws are others than those that f does.
-        return self._program.works and not self._field.draws and self._unperturbed.leaves(times[0], start)
+        program = self._program
+        works = program.works and program.compiled.is_compiled
+        return works and not self._field.draws and self._unperturbed.leaves(times[0], start)
 
     def _times(
         self, times: Sequence[Tensor], keywords: Sequence[Keywords], h: float, start: Tensor

@@ -70,7 +70,7 @@ class Solve:
         self.tableau = tableau_of(solver)
         self.discovered = False
         if self.tableau is not None and isinstance(x, Tensor):
-            self.compiled = Compiled(f, solver.compile) if solver.compile else None
+            self.compiled = Compiled(_with_whole_counts(f), solver.compile) if solver.compile else None
             function = self.compiled or f
             function = function if solver.loss is None else WithLoss(function, solver.loss, x.shape)
             self.checkpoints = Checkpoints(solver.checkpoint, solver.memory_budget, storage(solver.offload, x.device))
@@ -113,6 +113,7 @@ class Solve:
             results = compiled.run(key, lambda: _step, stepper, compiled, x, t, dt, k1, args)
         end, slopes = results[1], results[3] if len(results) > 3 else ()
         if end.shape != x.shape or end.dtype != x.dtype:
+            self.compiled = None
             return None  # f will say so
         count = tableau.stages - (0 if k1 is None else 1)
         field.report.evaluations += count
@@ -153,6 +154,15 @@ class TakenAtOnce:
     results: Any
     size: int
     count: int
+
+
+def _with_whole_counts(f: Any) -> Any:
+    """The same, its counts of evaluations integers: as floats, torch.compile compiles anew for each."""
+    for module in f.modules() if isinstance(f, torch.nn.Module) else ():
+        count: Any = getattr(module, "nfe", None)
+        if type(module).__module__.startswith("torchdyn.core.") and type(count) is float:
+            vars(module)["nfe"] = int(count)
+    return f
 
 
 def _step(stepper: Any, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
