@@ -1,9 +1,10 @@
 """What is kept of a solve for its backward pass, and how the rest is got back: the memory dial.
 
 A step can be kept as the state at its start; as the states of its stages too, so that they need not be evaluated again;
-or as the graphs of their evaluations, so that nothing has to be. Per byte, stages save more work than graphs. And where
-even the states of all steps are too much, some are dropped and had again by taking steps from the one before
-(binomial.py).
+or as the graphs of their evaluations, so that nothing has to be. Per byte, stages save more work than graphs; and where
+there are many of them, room for the graph of one step does, with which each step is taken again when its turn comes. That
+too evaluates each stage once more, and not twice. Where even the states of all steps are too much, some are dropped and
+had again by taking steps from the one before (binomial.py).
 """
 
 from __future__ import annotations
@@ -152,8 +153,11 @@ class Checkpoints:
         self._sizes[evaluation.nodes] = self._largest = self.evaluation
         self._state = size * (2 if keeps_slope else 1) if self.storage.on_device else 0
         field.report.evaluation_bytes = sum(sizes)
-        if self._budget is not None and self._room() < self._least(steps) * self._state:
-            self._refuse(self.working + self._least(steps) * self._state)
+        least = self._least(steps) * self._state
+        if field.draws:  # for each step, whatever is dropped, as `add` has it
+            least += (steps or _FEWEST) * sum(state.numel() for state in field.generators.states())
+        if self._budget is not None and self._room() < least:
+            self._refuse(self.working + least)
         self._plan_graphs_again(evaluations, size, stages, steps)
         if steps is None or self._state == 0:
             return
