@@ -1,10 +1,10 @@
 """What is kept of a solve for its backward pass, and how the rest is got back: the memory dial.
 
-A step can be kept as the state at its start; as the states of its stages too, so that they need not be evaluated again;
-or as the graphs of their evaluations, so that nothing has to be. Per byte, stages save more work than graphs; and where
-there are many of them, room for the graph of one step does, with which each step is taken again when its turn comes. That
-too evaluates each stage once more, and not twice. Where even the states of all steps are too much, some are dropped and
-had again by taking steps from the one before (binomial.py).
+A step can be kept as the state at its start; as the states of its stages too, so that they need not be evaluated
+again; or as the graphs of their evaluations, so that nothing has to be. Per byte, stages save more work than graphs.
+Where there are many of them, room for the graph of one step does so too: each step is taken again with it when its
+turn comes, which evaluates each stage once more, and not twice. Where even the states of all steps are too much, some
+are dropped and had again by taking steps from the one before (binomial.py).
 """
 
 from __future__ import annotations
