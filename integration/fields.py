@@ -25,6 +25,12 @@ def takes_complex_states() -> bool:
     return True
 
 
+callbacks_and_limits = pytest.mark.skipif(
+    not hasattr(torchdiffeq._impl.misc, "_null_callback"),
+    reason="this torchdiffeq has neither callbacks nor limits of the step size",
+)
+"""For tests that need what torchdiffeq 0.2.3 does not have."""
+
 complex_states = pytest.mark.skipif(not takes_complex_states(), reason="this torchdiffeq takes no complex states")
 
 

@@ -18,7 +18,7 @@ import symplectic_plugin
 from benchmarks.peak_memory import peak_bytes
 from symplectic_plugin.checkpoints import POLICIES
 
-from .fields import ADAPTIVE, FIXED, MLP, Outcome, errors
+from .fields import ADAPTIVE, FIXED, MLP, Outcome, callbacks_and_limits, errors
 
 FLAG = "symplectic_adjoint"
 
@@ -136,6 +136,7 @@ class TestSameGradient:
             torch.autograd.grad(y.sum(), weight)
 
 
+@callbacks_and_limits
 @pytest.mark.parametrize("policy", ["steps", "stages", "binomial"])
 def test_a_state_that_somebody_changes_in_place_raises(policy) -> None:
     class Field(nn.Linear):
@@ -155,6 +156,7 @@ def test_a_state_that_somebody_changes_in_place_raises(policy) -> None:
         y.sum().backward()
 
 
+@callbacks_and_limits
 def test_states_are_freed_by_the_backward_pass_even_if_the_solution_stays() -> None:
     class Field(nn.Linear):
         def forward(self, t, y):
@@ -352,6 +354,7 @@ class TestMemory:
         assert peak_bytes(work) <= budget
 
 
+@callbacks_and_limits
 class TestGraphsMadeAgain:
     """Where the graph of a step is less than the states of all stages, steps are taken again with their graphs."""
 
