@@ -165,12 +165,17 @@ def test_under_autocast_evaluations_are_made_and_counted_once(method) -> None:
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_a_state_that_is_a_number(method, dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(1, 1, dtype=dtype)  # takes no state of more precision
+    first = {"first_step": 0.1} if method in ADAPTIVE else {}  # torchdiffeq's choice of it is made with such states
+
     def gradient(**options: Any) -> tuple[Tensor, ...]:
-        y0, w = (torch.ones((), dtype=dtype, requires_grad=True) for _ in range(2))
+        y0 = torch.ones((), dtype=dtype, requires_grad=True)
         y = torchdiffeq.odeint(
-            lambda t, y: -w * y * t, y0, torch.linspace(0, 1, 5), method=f"symplectic_adjoint:{method}", options=options
-        )
-        return torch.autograd.grad(y.abs().sum(), (y0, w))
+            lambda t, y: layer(y.view(1, 1)).view(()), y0, torch.linspace(0, 1, 5),
+            method=f"symplectic_adjoint:{method}", rtol=1e-3, atol=1e-3, options=options | first,
+        )  # fmt: skip
+        return torch.autograd.grad(y.abs().sum(), (y0, layer.weight))
 
     assert_same(gradient(compile=AOT), gradient(), 1e-5)
 

@@ -67,6 +67,7 @@ class Checkpoints:
 
     Attributes:
         used: bytes of what is kept on the device.
+        keeps_slope: whether a slope that is handed on is kept with the state at its step's start.
         most_states, most_graphs: the most bytes that states (of steps and stages) and graphs took.
 
     Raises:

@@ -104,15 +104,16 @@ class Retaker:
         else:
             graph = StepGraph(field, tableau, start, step.h, first)
         graph.stand_ins = stand_ins
-        i, s, at_once = len(graph.slopes), tableau.stages, self.trajectory.at_once
+        missing = slice(len(graph.slopes), tableau.stages)
+        at_once = self.trajectory.at_once
         if (
             at_once is not None
             and isinstance(graph, StepGraph)
-            and at_once(graph, times[i:s], keywords[i:s], first is not None)
+            and at_once(graph, times[missing], keywords[missing], first is not None)
         ):
-            field.report.recomputed += s - i
+            field.report.recomputed += missing.stop - missing.start
             return graph
-        for i in range(len(graph.slopes), tableau.stages):
+        for i in range(missing.start, missing.stop):
             if (before := step.draws_before(i)) is not None:
                 field.generators.set(before)
             if isinstance(graph, StepGraph):
