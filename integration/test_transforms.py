@@ -31,8 +31,8 @@ class TestInsideF:
         both(work)
 
     @every_solver
-    @pytest.mark.parametrize("inside", ["vmap", "grad", "vmap of grad"])
-    def test_vmap_and_grad(self, solver, inside) -> None:
+    @pytest.mark.parametrize("inside", ["vmap", "grad", "vmap of grad", "jvp", "jvp that is zero"])
+    def test_vmap_grad_and_jvp(self, solver, inside) -> None:
         def work(flag: bool) -> Any:
             w = torch.tensor([[0.3, 1.0], [-1.0, 0.2]]).double().requires_grad_()
 
@@ -43,6 +43,8 @@ class TestInsideF:
                 "vmap": torch.vmap(lambda y: torch.tanh(w @ y)),
                 "grad": torch.func.grad(energy),
                 "vmap of grad": torch.vmap(torch.func.grad(energy)),
+                "jvp": lambda y: torch.func.jvp(lambda y: torch.tanh(y @ w) @ w.T, (y,), (torch.ones_like(y),))[1],
+                "jvp that is zero": lambda y: torch.func.jvp(lambda y: y * 2, (y,), (torch.zeros_like(y),))[1] * w[0],
             }
             y0 = Y0.clone().requires_grad_()
             y = solve(solver, flag, lambda t, y: ways[inside](y) * t, y0, T)

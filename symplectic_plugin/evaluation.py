@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .graphs import nodes_between, saved_storages
+from .graphs import has_storage, nodes_between, saved_storages
 
 Keywords = Mapping[str, Any]
 
@@ -50,8 +49,8 @@ class Evaluation:
         """
         storages = saved_storages(self.slope, (self.argument.grad_fn, *behind))
         for tensor in (self.slope, *self.others):
-            if tensor.layout is torch.strided:
+            if has_storage(tensor):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        if self.leaf.layout is torch.strided:  # it may be a view of something larger, which is there anyway
+        if has_storage(self.leaf):  # it may be a view of something larger, which is there anyway
             storages[self.leaf.untyped_storage().data_ptr()] = self.leaf.numel() * self.leaf.element_size()
         return storages

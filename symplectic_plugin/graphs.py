@@ -184,12 +184,17 @@ def saved_storages(value: Tensor, stops: Iterable[Any] = ()) -> dict[int, int]:
         except RuntimeError:  # changed in place, and so of no use: autograd will say so if it is gone back through
             continue
         for tensor in _tensors(saved):
-            if tensor.layout is torch.strided:
+            if has_storage(tensor):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
-            else:
+            elif tensor.layout is not torch.strided:
                 storages[id(tensor)] = 2 * tensor.numel() * tensor.element_size()
     return storages
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether there is memory behind a tensor: not so for sparse ones, nor for the zeros that stand for tangents."""
+    return tensor.layout is torch.strided and not tensor._is_zerotensor()
 
 
 def cotangent_bytes(value: Tensor, stops: Iterable[Any] = ()) -> int:

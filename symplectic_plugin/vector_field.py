@@ -21,6 +21,7 @@ from .graphs import (
     cotangent_bytes,
     edge_of,
     graph_inputs,
+    has_storage,
     in_type_of,
     is_alive,
     referenced,
@@ -139,7 +140,7 @@ class VectorField:
         self._lasting = {
             tensor.untyped_storage().data_ptr()
             for tensor in (t, *self.dependencies, *self.left_out, *held.frozen)
-            if tensor.layout is torch.strided
+            if has_storage(tensor)
         }
         self._refuse_own_state(slope, t, x, keywords)
         return evaluation

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .cotangents import CotangentSums
+from .graphs import has_storage
 from .vector_field import VectorField
 
 
@@ -108,7 +109,7 @@ _CHANGED = (
 
 def _address(tensor: Tensor) -> int:
     """Where a tensor's values are."""
-    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return tensor.data_ptr() if has_storage(tensor) else 0
 
 
 def refuse_third_derivatives() -> None:
