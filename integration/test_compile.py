@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -85,8 +86,9 @@ class Counting:
         return call
 
 
-@pytest.mark.parametrize(("solver", "calls"), [("torchdiffeq rk4", 8), ("torchdiffeq dopri5", 8), ("torchdyn rk4", 7)])
-def test_a_step_whose_graph_is_kept_is_one_program(solver, calls) -> None:
+# Of 8 steps on a fixed grid the first is taken alone, then 3 at once, 3 at once, and the last one alone.
+@pytest.mark.parametrize(("solver", "calls"), [("torchdiffeq rk4", 4), ("torchdiffeq dopri5", 8), ("torchdyn rk4", 7)])
+def test_a_step_whose_graph_is_kept_is_one_program_or_part_of_one(solver, calls) -> None:
     backend, field, y0 = Counting(), Field(), torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
     host, method = solver.split()
     options = {"compile": {"backend": backend}}
@@ -178,6 +180,68 @@ def test_a_state_that_is_a_number(method, dtype) -> None:
         return torch.autograd.grad(y.abs().sum(), (y0, layer.weight))
 
     assert_same(gradient(compile=AOT), gradient(), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
+@pytest.mark.parametrize(("outputs", "budget"), [(2, None), (4, None), (31, None), (4, 40_000), (31, 20_000)])
+def test_steps_taken_at_once_with_outputs_inside_and_at_their_ends(method, outputs, budget) -> None:
+    context, field = torch.ones(3, dtype=torch.float64, requires_grad=True), Field()
+    t = torch.linspace(0, 1, outputs, dtype=torch.float64)
+
+    def gradient(**options: Any) -> tuple[Tensor, ...]:
+        y0 = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+        y = torchdiffeq.odeint(
+            lambda t, y: field(t, y) + context, y0 * 2, t, method=method, options={"step_size": 1 / 11, **options}
+        )
+        cotangent = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+        return y.detach(), *torch.autograd.grad(y, (y0, context, *field.parameters()), cotangent)
+
+    plain = gradient()
+    method = f"symplectic_adjoint:{method}"
+    assert_same(gradient(compile=AOT, memory_budget=budget), plain)
+
+
+@pytest.mark.parametrize("outputs", [2, 4])
+def test_half_precision_is_summed_as_without_compilation(outputs) -> None:
+    field, y0 = Field().to(torch.bfloat16), torch.ones(4, 3, dtype=torch.bfloat16, requires_grad=True)
+
+    def gradient(**options: Any) -> tuple[Tensor, ...]:
+        y = torchdiffeq.odeint(
+            field, y0, torch.linspace(0, 1, outputs), method="symplectic_adjoint:rk4",
+            options={"step_size": 1 / 11, **options},
+        )  # fmt: skip
+        return torch.autograd.grad((y.float() ** 2).sum(), (y0, *field.parameters()))
+
+    for actual, expected in zip(gradient(compile=AOT), gradient(), strict=True):
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+class FailingLater:
+    """A backend that makes so many programs, and then no more."""
+
+    def __init__(self, programs: int) -> None:
+        self.programs = programs
+
+    def __call__(self, module: Any, inputs: Any) -> Any:
+        self.programs -= 1
+        return module if self.programs >= 0 else without_compiler()
+
+
+@pytest.mark.parametrize("programs", [0, 1, 2])
+def test_where_only_some_programs_can_be_compiled_nothing_is_lost(programs) -> None:
+    field, y0 = Field(), torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+
+    def gradient(method: str, **options: Any) -> tuple[Tensor, ...]:
+        y = torchdiffeq.odeint(field, y0, t, method=method, options=options)
+        return torch.autograd.grad((y**2).sum(), (y0, *field.parameters()))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        actual = gradient("symplectic_adjoint:rk4", compile={"backend": FailingLater(programs)})
+    failures = [w for w in caught if "torch.compile failed" in str(w.message)]
+    assert len(failures) == (1 if programs < 2 else 0)  # one step, and several
+    assert_same(actual, gradient("rk4"))
 
 
 def without_compiler(*_: Any) -> Any:

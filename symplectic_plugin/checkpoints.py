@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .binomial import positions, reversed_states
 from .cotangents import wide
-from .evaluation import Evaluation
+from .evaluation import Evaluation, Kind
 from .kept import Graph, Kept
 from .step_graph import StepGraph
 from .storage import DeviceMemory, Storage
@@ -87,7 +87,7 @@ class Checkpoints:
         self._me = weakref.ref(self)
         self.used = self.most_states = self.most_graphs = 0
         self.working = self.evaluation = self._state = self._outputs = 0
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[Kind, int] = {}
         self._largest = 0
         self._states_alone = policy == "steps"
         self._budget = budget
@@ -151,7 +151,7 @@ class Checkpoints:
         self.working += solving + (10 * size if wide(state.dtype) != state.dtype else 0)  # the adjoint is wide
         self.evaluation = sum(sizes) + size
         self._outputs = outputs * size
-        self._sizes[evaluation.nodes] = self._largest = self.evaluation
+        self._sizes[evaluation.kind] = self._largest = self.evaluation
         self._state = size * (2 if keeps_slope else 1) if self.storage.on_device else 0
         field.report.evaluation_bytes = sum(sizes)
         least = self._least(steps) * self._state
@@ -196,12 +196,12 @@ class Checkpoints:
         return self._evaluations_again > 0
 
     def size_of(self, graph: Graph) -> int:
-        """The bytes that a step's graph keeps, where evaluations that made as many nodes are taken to be as large."""
-        return sum(self._sizes[nodes] for nodes in graph.nodes)
+        """The bytes that a step's graph keeps, where evaluations of a kind are taken to be as large."""
+        return sum(self._sizes[kind] for kind in graph.kinds)
 
     def has_room_for(self, graph: Graph) -> bool:
         """Whether a graph in the making can be kept, even if its latest evaluation is larger than those before."""
-        if graph.nodes[-1] in self._sizes:
+        if not graph.kinds or graph.kinds[-1] in self._sizes:
             return True
         working, latest = self.working, graph.latest
         self.bytes_of(graph.field, latest)
@@ -213,15 +213,15 @@ class Checkpoints:
 
     def bytes_of(self, field: VectorField, evaluation: Evaluation) -> int:
         """The bytes that an evaluation keeps with its graph, as for `size_of`."""
-        nodes = evaluation.nodes
-        if nodes not in self._sizes:
-            self._sizes[nodes] = sum(field.memory_of(evaluation)) + self._state
+        kind = evaluation.kind
+        if kind not in self._sizes:
+            self._sizes[kind] = sum(field.memory_of(evaluation)) + self._state
             others = sum(map(_bytes, evaluation.others))  # which are counted apart, as the slopes of a step
-            each = -(-(self._sizes[nodes] - others) // max(1, evaluation.at_once))
+            each = -(-(self._sizes[kind] - others) // max(1, evaluation.at_once))
             # Beside it there will be what its backward pass makes.
             self.working += 3 * max(0, each - self._largest)
             self._largest = max(self._largest, each)
-        return self._sizes[nodes]
+        return self._sizes[kind]
 
     def may_go_on(self, graph: StepGraph) -> bool:
         """Whether another step's graph may go on from one: they can only be dropped together."""

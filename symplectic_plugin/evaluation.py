@@ -12,6 +12,9 @@ from .graphs import has_storage, nodes_between, saved_storages
 
 Keywords = Mapping[str, Any]
 
+Kind = tuple[int, int]
+"""How many nodes an evaluation made in this thread; and how many evaluations they are of, if a program made them."""
+
 
 @dataclass(slots=True, eq=False)
 class Evaluation:
@@ -36,10 +39,9 @@ class Evaluation:
     at_once: int = 0
 
     @property
-    def nodes(self) -> int:
-        """How many nodes it made in this thread; for a program less than zero, so that they are not taken for f's."""
-        nodes = nodes_between(self.argument, self.slope)
-        return -1 - nodes if self.at_once else nodes
+    def kind(self) -> Kind:
+        """Those of a kind are taken to be as large."""
+        return nodes_between(self.argument, self.slope), self.at_once
 
     def storages(self, behind: Iterable[Any] = ()) -> dict[int, int]:
         """The memory that it holds: the size in bytes of each storage, by its address.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +14,8 @@ from .runge_kutta import combined
 from .stage_graphs import StageGraphs
 from .step_graph import StepGraph
 from .tableau import ButcherTableau
-from .trajectory import Trajectory
+from .trajectory import TimesOfSteps, Trajectory
 from .vector_field import VectorField
-
-_CHUNK = 64
-"""For how many steps the stages' times are made at once."""
 
 
 class Retaker:
@@ -33,17 +29,7 @@ class Retaker:
     def __init__(self, trajectory: Trajectory, field: VectorField) -> None:
         self.trajectory = trajectory
         self.field = field
-        self._times: dict[int, Sequence[Sequence[Tensor]]] = {}
-
-    def stage_times(self, n: int) -> Sequence[Tensor]:
-        """The times of the stages of step n, of which those of its neighbours are made as well."""
-        chunk = n // _CHUNK
-        if chunk not in self._times:
-            if len(self._times) > 1:
-                del self._times[next(iter(self._times))]
-            steps = self.trajectory.steps[chunk * _CHUNK : (chunk + 1) * _CHUNK]
-            self._times[chunk] = self.trajectory.stage_times(steps)
-        return self._times[chunk][n % _CHUNK]
+        self.stage_times = TimesOfSteps(trajectory.steps, trajectory.stage_times)
 
     def take(
         self, tableau: ButcherTableau, n: int, start: Tensor, slope: Tensor | None
@@ -63,7 +49,7 @@ class Retaker:
             each evaluation, if f draws.
         """
         field, step = self.field, self.trajectory.steps[n]
-        times, keywords = self.stage_times(n), self.trajectory.stage_keywords(step)
+        times, keywords = self.stage_times[n], self.trajectory.stage_keywords(step)
         rows, later = tableau.numbers[0], tableau.later
         draws: list[GeneratorStates | None] = [None] * tableau.stages
         slopes: list[Tensor | None] = []
@@ -93,7 +79,7 @@ class Retaker:
             want_time: whether the products with df/dt will be needed, of each evaluation.
         """
         field, tableau, step = self.field, self.trajectory.tableau, self.trajectory.steps[n]
-        times, keywords = self.stage_times(n), self.trajectory.stage_keywords(step)
+        times, keywords = self.stage_times[n], self.trajectory.stage_keywords(step)
         if step.slope_handed_on and slope is None:
             slope = field(times[0], start, keywords[0])
             field.report.recomputed += 1

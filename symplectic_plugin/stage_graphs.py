@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .cotangents import StandIns
-from .evaluation import Evaluation, Keywords
+from .evaluation import Evaluation, Keywords, Kind
 from .vector_field import VectorField
 
 
@@ -27,7 +27,7 @@ class StageGraphs:
         stages: the states of the stages.
         slopes: the slopes, without graphs.
         stand_ins: what takes the place of dependencies in them.
-        nodes: how many nodes each evaluation made.
+        kinds: of each evaluation.
         size: the bytes that they keep, once they have been counted.
         before, index: as for a step's graph that goes on from no other.
     """
@@ -43,7 +43,7 @@ class StageGraphs:
         self.evaluations: list[Evaluation | None] = []
         self.stages: list[Tensor] = []
         self.slopes: list[Tensor] = []
-        self.nodes: list[int] = []
+        self.kinds: list[Kind] = []
         if first_slope is not None:
             self.evaluations.append(None)
             self.stages.append(start)
@@ -52,7 +52,7 @@ class StageGraphs:
     def take(self, evaluation: Evaluation, stand_ins: StandIns | None) -> None:
         """Take an evaluation that was made already for that of the first stage: as a step's graph does."""
         self.stand_ins = stand_ins
-        self.evaluations, self.stages, self.slopes, self.nodes = [], [], [], []
+        self.evaluations, self.stages, self.slopes, self.kinds = [], [], [], []
         self.add(evaluation)
 
     def evaluate(self, t: Tensor, state: Tensor, keywords: Keywords) -> Tensor:
@@ -65,7 +65,7 @@ class StageGraphs:
         self.evaluations.append(evaluation)
         self.stages.append(evaluation.argument.detach())
         self.slopes.append(evaluation.slope.detach())
-        self.nodes.append(evaluation.nodes)
+        self.kinds.append(evaluation.kind)
 
     @property
     def latest(self) -> Evaluation:

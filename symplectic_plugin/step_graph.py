@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .cotangents import NO_STAND_INS, CotangentSums, StandIns
-from .evaluation import Evaluation, Keywords
+from .evaluation import Evaluation, Keywords, Kind
 from .graphs import nodes_between, vjp
 from .runge_kutta import combined
-from .step_program import StepProgram
+from .step_program import StepProgram, TakenStep
 from .tableau import ButcherTableau
 from .vector_field import VectorField
 
@@ -40,7 +40,7 @@ class StepGraph:
         slopes: the slopes.
         first_slope: the slope at the start, if the graph ends in that too.
         evaluations: how many there are in it.
-        nodes: for each of them, or for those that a program made at once, as `Evaluation.nodes` has it.
+        kinds: of each of them, or of those that a program made at once; none if they are counted in a step before.
         size: the bytes that it keeps, with the steps that it goes on from, once they have been counted.
     """
 
@@ -66,7 +66,9 @@ class StepGraph:
         self.stages: list[Tensor] = []
         self.slopes: list[Tensor] = []
         self.evaluations = self._at_once = 0
-        self.nodes: list[int] = []
+        self.kinds: list[Kind] = []
+        # What the program that took this step has taken beyond it.
+        self._following: list[TakenStep] = []
         self.first_slope: Tensor | None = None
         if before is not None:
             self.leaf, self.origin, self.index = before.leaf, before.end, before.index + 1
@@ -92,7 +94,7 @@ class StepGraph:
             stand_ins: what takes the place of dependencies in it.
         """
         self.leaf, self.origin, self.stand_ins, self.first_slope = evaluation.leaf, evaluation.argument, stand_ins, None
-        self.stages, self.slopes, self.nodes = [evaluation.argument], [evaluation.slope], [evaluation.nodes]
+        self.stages, self.slopes, self.kinds = [evaluation.argument], [evaluation.slope], [evaluation.kind]
         self.evaluations = 1
 
     def evaluate(self, t: Tensor, state: Tensor, keywords: Keywords) -> Tensor:
@@ -117,15 +119,15 @@ class StepGraph:
         slope = self.field.evaluate(t, stage, keywords, self.stand_ins or NO_STAND_INS)
         self.stages.append(stage)
         self.slopes.append(slope)
-        self.nodes.append(nodes_between(stage, slope))
+        self.kinds.append((nodes_between(stage, slope), 0))
         self.evaluations += 1
 
-    def add_stages(self, program: StepProgram, times: Sequence[Tensor], h: Tensor, is_given: bool) -> bool:
-        """Evaluate all slopes at once by a program.
+    def add_stages(self, program: StepProgram, times: Tensor, sizes: Sequence[float], is_given: bool) -> bool:
+        """Evaluate all slopes at once by a program, and those of steps that will go on from this one.
 
         Args:
-            program: the step's.
-            times, h: as it takes them.
+            program: the method's.
+            times, sizes: as it takes them.
             is_given: whether the first slope is not to be evaluated, but is the one that is there.
 
         Returns:
@@ -133,22 +135,32 @@ class StepGraph:
         """
         given = self.slopes[0] if is_given else None
         with torch.enable_grad():
-            taken = self.field.taken_by(program, times, h, self.origin, given)
+            taken = self.field.taken_by(program, times, sizes, self.origin, given)
         if taken is None:
             return False
         if not is_given:
-            self.slopes, self.nodes, self.evaluations = [], [], 0
-        self.stages = [self.origin, *taken.stages]
-        self.slopes = [*self.slopes, *taken.slopes]
-        self._moved = taken.moved
-        self._at_once = len(times)
-        self.nodes.append(self.latest.nodes)
-        self.evaluations += len(times)
+            self.slopes, self.kinds, self.evaluations = [], [], 0
+        self._add(taken)
+        self._at_once = times.numel()
+        self.kinds.append(self.latest.kind)
         return True
+
+    def add_taken(self) -> bool:
+        """Add all slopes as the program that took the step before has evaluated them; returns whether it did."""
+        taken = self.before._following if self.before is not None else []
+        if taken:
+            self._add(taken)
+        return bool(taken)
+
+    def _add(self, taken: list[TakenStep]) -> None:
+        (stages, slopes, self._moved, self._end), *self._following = taken
+        self.stages = [self.origin, *stages]
+        self.slopes = [*self.slopes, *slopes]
+        self.evaluations += len(slopes)
 
     @property
     def moved(self) -> Tensor:
-        """What the step adds to the state."""
+        """What the step adds to the state; as a program has computed it without its graph, but in half precision."""
         if self._moved is None:
             with torch.enable_grad():
                 self._moved = combined(None, self.tableau.numbers[1], self.slopes, self.h)
@@ -197,6 +209,7 @@ class StepGraph:
         """The latest evaluation in it, or all of them if they were made at once."""
         if self._at_once:
             start, others = self.origin, [*self.stages[1:], *self.slopes[:-1]]
+            others += [x for taken in self._following for x in taken.tensors]
             return Evaluation(start, start, start, {}, self.slopes[-1], others, self._at_once)
         stage, slope = self.stages[-1], self.slopes[-1]
         return Evaluation(stage, stage, stage, {}, slope)

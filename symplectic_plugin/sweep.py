@@ -166,13 +166,13 @@ class _StepBack:
         self.given = given
         self.keep = keep
         dense, tableau = trajectory.dense, trajectory.tableau
-        self.theta = self.weights = self.device_weights = _NO_OUTPUTS
+        self.theta = self.device_theta = self.weights = self.device_weights = _NO_OUTPUTS
         self.derivatives = _NO_OUTPUTS if want_times else None
         self.is_end: list[bool] = []
         if trajectory.outputs:
             self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
             self.weights = dense.weights(self.theta)
-            self.device_weights = self.weights.to(given)
+            self.device_theta, self.device_weights = self.theta.to(given), self.weights.to(given)
             self.derivatives = dense.derivatives(self.theta) if want_times else None
             self.is_end = [is_end and not want_times for is_end in trajectory.ends()]
         self.retaker = Retaker(trajectory, field)
@@ -211,7 +211,7 @@ class _StepBack:
         tableau = trajectory.tableau if end == begin else self.with_end
         s, later, (a, b) = tableau.stages, tableau.later, tableau.numbers
         weighted = [False] * s if end == begin else (self.weights[begin:end] != 0).any(0).tolist()
-        stage_times, keywords = self.retaker.stage_times(n), trajectory.stage_keywords(step)
+        stage_times, keywords = self.retaker.stage_times[n], trajectory.stage_keywords(step)
         times = None if self.derivatives is None else StepTimes(given, self.theta, self.derivatives, begin, end)
         start = state.to(given.dtype)
         # Nothing is kept of a stage that was added for outputs; and random numbers must be drawn in the same order.
@@ -367,9 +367,15 @@ class _StepBack:
                 if trajectory.dense.end_stage:
                     return None
                 given, weights = self.given[begin + 1 : end + 1], self.device_weights[begin:end]
-                add(graph.origin, given.sum(0))
-                for i in (self.weights[begin:end] != 0).any(0).nonzero().flatten().tolist():
-                    add(graph.slopes[i], _weighted(given, weights[:, i]).mul_(steps[j].h))
+                of_start = given.sum(0)
+                if trajectory.dense.linear:
+                    of_end = _weighted(given, self.device_theta[begin:end])
+                    add(graph.moved if is_wide else graph.end, of_end)
+                    of_start = of_start if is_wide else of_start - of_end
+                else:
+                    for i in (self.weights[begin:end] != 0).any(0).nonzero().flatten().tolist():
+                        add(graph.slopes[i], _weighted(given, weights[:, i]).mul_(steps[j].h))
+                add(graph.origin, of_start)
             end = begin
         pulled = graph.pull(outputs, cotangents, self.sums, self.keep) if outputs else (None, None)
         if pulled is None:
@@ -385,7 +391,7 @@ class _StepBack:
         # The first slope was evaluated outside the step, at its start.
         if (draw := steps[first].draws_before(0)) is not None:
             field.generators.set(draw)
-        t, keywords = self.retaker.stage_times(first)[0], steps[first].first_keywords
+        t, keywords = self.retaker.stage_times[first][0], steps[first].first_keywords
         evaluation = field.differentiable(t, graph.leaf, keywords, False, self.sums.stand_ins)
         report.recomputed += 1
         product, _ = field.vjp(evaluation, of_slope, self.sums, False, self.keep)

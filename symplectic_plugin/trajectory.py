@@ -61,6 +61,8 @@ class DenseOutput(ABC):
 
     end_stage: bool = False
     """Whether it also uses the slope at (t_n + h, x_{n+1}), evaluated for it: one stage more than the method has."""
+    linear: bool = False
+    """Whether it is x_n + theta (x_{n+1} - x_n)."""
     start_stage: bool = False
     """Whether it also uses the slope at (t_n, x_n), which is no stage of the method: one more, before the end's."""
 
@@ -108,6 +110,32 @@ class NoOutputs(DenseOutput):
     def derivatives(self, theta: Tensor) -> Tensor:
         return self.weights(theta)
 
+
+class TimesOfSteps:
+    """The times of the stages of steps, made for many steps at once.
+
+    Args:
+        steps: the steps.
+        stage_times: makes them, as for `Trajectory`.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], stage_times: Callable[[Sequence[Step]], Sequence[Sequence[Tensor]]]
+    ) -> None:
+        self._steps = steps
+        self._stage_times = stage_times
+        self._chunks: dict[int, Sequence[Sequence[Tensor]]] = {}
+
+    def __getitem__(self, n: int) -> Sequence[Tensor]:
+        chunk = n // _CHUNK
+        if chunk not in self._chunks:
+            if len(self._chunks) > 1:
+                del self._chunks[next(iter(self._chunks))]
+            self._chunks[chunk] = self._stage_times(self._steps[chunk * _CHUNK : (chunk + 1) * _CHUNK])
+        return self._chunks[chunk][n % _CHUNK]
+
+
+_CHUNK = 64
 
 TakeStep = Callable[[Callable[..., Tensor], Step, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 

@@ -265,12 +265,12 @@ class VectorField:
             return self._checked(self.function(t, x, **keywords), x)
 
     def taken_by(
-        self, program: StepProgram, times: Sequence[Tensor], h: Tensor, start: Tensor, slope: Tensor | None
-    ) -> TakenStep | None:
-        """A step as a program of f takes it; None if its slopes don't go with the state."""
+        self, program: StepProgram, times: Tensor, sizes: Sequence[float], start: Tensor, slope: Tensor | None
+    ) -> list[TakenStep] | None:
+        """Steps as a program of f takes them; None if its slopes don't go with the state."""
         with self.autocast.again():
-            taken = program(times, h, start, slope)
-        for k in taken.slopes:
+            taken = program(times, sizes, start, slope)
+        for k in taken[0].slopes:
             if k.shape != start.shape or torch.promote_types(k.dtype, start.dtype) != start.dtype:
                 program.works = False  # f will say so, where it is evaluated by itself
                 return None

@@ -18,7 +18,7 @@ from .checkpoints import Lent
 from .graphs import mark_as_solve
 from .report import SolveReport
 from .step_graph import StepGraph
-from .trajectory import Trajectory
+from .trajectory import DenseOutput, Trajectory
 from .vector_field import VectorField
 from .witness import Addresses
 
@@ -44,16 +44,19 @@ def with_graph(solution: Tensor, trajectory: Trajectory, field: VectorField) -> 
             if is_end or n < 0:  # or an event that is met at once
                 outputs += [(graphs[n].end if is_end else origin).unsqueeze(0)] * len(thetas)
             else:
-                outputs.append(_inside(graphs[n], trajectory.dense.weights(torch.tensor(thetas, dtype=torch.float64))))
+                outputs.append(_inside(graphs[n], trajectory.dense, torch.tensor(thetas, dtype=torch.float64)))
         result = torch.cat(outputs)
     result.data.copy_(solution)  # as the host rounds it; no node has saved it
     watch(result, origin, field.report, sum(graph.evaluations for graph in graphs), Addresses(field.used))
     return result
 
 
-def _inside(graph: StepGraph, weights: Tensor) -> Tensor:
-    """x_n + h sum_i w_mi k_i for the weights w, shape (m, s): shape (m, *state)."""
+def _inside(graph: StepGraph, dense: DenseOutput, thetas: Tensor) -> Tensor:
+    """The outputs at these places in a step, shape (m,): shape (m, *state)."""
     origin = graph.origin
+    if dense.linear:
+        return origin + thetas.to(origin).view(-1, *[1] * origin.ndim) * (graph.end - origin)
+    weights = dense.weights(thetas)
     slopes = torch.stack([slope.reshape(-1) for slope in graph.slopes]).to(origin.dtype)
     inside = torch.addmm(origin.reshape(1, -1), (weights * graph.h).to(slopes), slopes)
     return inside.view(len(weights), *origin.shape)

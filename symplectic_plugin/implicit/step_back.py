@@ -73,7 +73,7 @@ class ImplicitStepBack:
         """Carry the adjoint from the end of step n to its start: arguments and results as those of `_StepBack`."""
         trajectory, solve, layout = self.trajectory, self.solve, self.solve.layout
         step, dense, s = trajectory.steps[n], trajectory.dense, trajectory.tableau.stages
-        stage_times, keywords = self.retaker.stage_times(n), trajectory.stage_keywords(step)
+        stage_times, keywords = self.retaker.stage_times[n], trajectory.stage_keywords(step)
         h, x = step.h, layout.flat(state)
         parts, kept = self._slopes(n, stage_times, keywords, state, slope)
         slopes, moved = total(parts), self.steps.moved(parts)

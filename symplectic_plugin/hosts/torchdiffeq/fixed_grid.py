@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from ...runge_kutta import combined
-from ...trajectory import Step, TakeStep
+from ...trajectory import Step, TakeStep, TimesOfSteps
 from .recorder import Method, Recorder
 from .times import GridTimes, StartingTime
 
-_CHUNK = 64
-"""For how many steps the stages' times are made at once."""
+_AT_ONCE = 3
+"""How many steps a compiled program takes, where what a call costs shows. With more it takes longer to be compiled."""
+
+_SMALL = 2**18
+"""The bytes that an evaluation keeps with its graph where that shows."""
 
 
 def _explicit_step(method: Method, f: Any, step: Step, state: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
@@ -27,12 +30,6 @@ def _explicit_step(method: Method, f: Any, step: Step, state: Tensor, _: Tensor 
     for t, row, keywords in zip(method.stage_times([step])[0], a, method.keywords, strict=False):
         slopes.append(f(t, combined(state, row, slopes, step.h), **keywords))
     return state + combined(None, b, slopes, step.h), None
-
-
-def _in_chunks(steps: Sequence[Step], stage_times: Callable[..., Sequence[Any]]) -> Iterator[Sequence[Tensor]]:
-    """The times of the stages of steps one after the other, made for many at once."""
-    for first in range(0, len(steps), _CHUNK):
-        yield from stage_times(steps[first : first + _CHUNK])
 
 
 class FixedGrid(Recorder):
@@ -45,7 +42,7 @@ class FixedGrid(Recorder):
         """Begin a solve over the times t, or from the only one up to an event; and to note its steps, if recorded."""
         stage_dtype = self.y0.abs().dtype
         self._grid: list[Step] | None = None
-        self._stage_times: Iterator[Sequence[Tensor]] | None = None
+        self._stage_times: TimesOfSteps | None = None
         # Of torchdiffeq's own steps nothing but the tableau matters; a user's may do something besides.
         self.is_own = type(self).base.__module__.startswith("torchdiffeq.")
         self._has_callback = self.has_callbacks("callback_step")
@@ -61,7 +58,7 @@ class FixedGrid(Recorder):
         assert self.trajectory is not None
         points, sizes, keywords = grid.tolist(), grid.detach().diff().tolist(), self.trajectory.keywords[0]
         self._grid = [Step(*times, False, keywords) for times in zip(points, points[1:], sizes, strict=False)]
-        self._stage_times = _in_chunks(self._grid, self.trajectory.stage_times)
+        self._stage_times = TimesOfSteps(self._grid, self.trajectory.stage_times)
         return GridTimes(t, grid)
 
     def step_alone(self, method: Method, dtype: torch.dtype) -> TakeStep:
@@ -100,7 +97,7 @@ class FixedGrid(Recorder):
         solution = torch.empty(len(t), *y0.shape, dtype=y0.dtype, device=y0.device)
         solution[0] = y0
         for n, step in enumerate(self._grid or ()):
-            dy, _ = self._take(step, y0, n > 0)
+            dy, _ = self._take(step, y0, n > 0, self._taken_with(n))
             y1 = y0 + dy
             while m < len(outputs) and step.t1 >= outputs[m]:
                 if outputs[m] == step.t1:
@@ -126,12 +123,28 @@ class FixedGrid(Recorder):
         self._took(step, y0, result[0], follows)
         return result
 
-    def _take(self, step: Step, y0: Tensor, follows: bool) -> tuple[Tensor, Tensor]:
+    def _taken_with(self, n: int) -> Sequence[tuple[float, Sequence[Tensor]]]:
+        """The sizes and times of the steps that may be taken at once with step n, if any may."""
+        end = n + _AT_ONCE
+        assert self._grid is not None
+        assert self._stage_times is not None
+        if self.func.at_once is None or end > len(self._grid) or self.func.field.report.evaluation_bytes > _SMALL:
+            return ()
+        return [(self._grid[m].h, self._stage_times[m]) for m in range(n + 1, end)]
+
+    def _take(
+        self, step: Step, y0: Tensor, follows: bool, taken_with: Sequence[tuple[float, Sequence[Tensor]]] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Take a step: what it adds to the state, and the slope at its start."""
         assert self.trajectory is not None
         self.begin_step(y0, None, step.h, follows)
-        stage_times = self.trajectory.stage_times([step])[0] if self._stage_times is None else next(self._stage_times)
-        result = self.func.take_step(self.trajectory.tableau, step, stage_times, self.trajectory.keywords, y0)
+        if self._stage_times is None:
+            stage_times = self.trajectory.stage_times([step])[0]
+        else:
+            stage_times = self._stage_times[len(self.trajectory.steps)]
+        result = self.func.take_step(
+            self.trajectory.tableau, step, stage_times, self.trajectory.keywords, y0, taken_with
+        )
         self._took(step, y0, result[0], follows)
         return result
 

@@ -133,6 +133,7 @@ def _own_polynomial(base: Any, dtype: torch.dtype) -> DenseOutput:
 class _Linear(DenseOutput):
     """The fixed-grid methods' default: between x_n and x_{n+1}; at these, they themselves, whatever t does."""
 
+    linear = True
     _is_end = True
 
     def __init__(self, tableau: ButcherTableau) -> None:

@@ -71,15 +71,32 @@ class RecordedField:
             self.stages.append(y)
         return slope
 
-    def take_step(self, tableau: ButcherTableau, step: Step, times: Sequence[Tensor], keywords: Any, y: Tensor) -> Any:
-        """What a step that has begun adds to the state y, and its first slope; its stages are computed here."""
+    def take_step(
+        self,
+        tableau: ButcherTableau,
+        step: Step,
+        times: Sequence[Tensor],
+        keywords: Sequence[Keywords],
+        y: Tensor,
+        following: Sequence[tuple[float, Sequence[Tensor]]] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """What a step that has begun adds to the state y, and its first slope; its stages are computed here.
+
+        Args:
+            tableau: the method's.
+            step: the step.
+            times: of its stages.
+            keywords: to be passed on to f for them.
+            y: the state at its start.
+            following: the sizes and times of steps that may be taken at once with it.
+        """
         a, b = tableau.numbers
         stages = list(zip(times, a, keywords, strict=False))  # there may be one more time
         slopes: list[Tensor] = []
         if self.on_discovery is not None:
             slopes.append(self._evaluate(times[0], y, keywords[0], True))
             self.stages.append(y)
-        at_once = self.take_at_once(times[: len(a)], keywords[: len(a)], step.h, y)
+        at_once = self.take_at_once(times[: len(a)], keywords[: len(a)], step.h, y, following=following)
         if at_once is not None:
             slopes = at_once
         elif isinstance(graph := self.graph, StepGraph):
@@ -106,8 +123,9 @@ class RecordedField:
         h: float | None,
         y: Tensor,
         slope: Tensor | None = None,
+        following: Sequence[tuple[float, Sequence[Tensor]]] = (),
     ) -> list[Tensor] | None:
-        """The slopes of a step that has begun, without graphs, if there is a program that evaluates them at once.
+        """The slopes of a step that has begun, if there is a program that evaluates them at once.
 
         Args:
             times: of the stages whose slopes are to be evaluated.
@@ -115,6 +133,7 @@ class RecordedField:
             h: the step's size, if it is known.
             y: the state at its start.
             slope: the slope there, if it is not to be evaluated.
+            following: the sizes and times of steps that may be taken at once with it.
         """
         graph, at_once = self.graph, self.at_once
         if at_once is None or h is None or self.on_discovery is not None:
@@ -124,11 +143,12 @@ class RecordedField:
             if taken is None:
                 return None
             self.stages, slopes = [*([y] if slope is None else []), *taken.stages], taken.slopes
-        elif isinstance(graph, StepGraph) and at_once(graph, times, keywords, slope is not None):
-            self.stages = [stage.detach() for stage in graph.stages[0 if slope is None else 1 :]]
-            slopes = [slope.detach() for slope in graph.slopes[0 if slope is None else 1 :]]
+        elif isinstance(graph, StepGraph) and at_once(graph, times, keywords, slope is not None, following):
+            given = 0 if slope is None else 1
+            self.stages, slopes = graph.stages[given:], graph.slopes[given:]
             if not self.has_room_for(graph):
                 self.graph = None
+                self.stages, slopes = ([x.detach() for x in of] for of in (self.stages, slopes))
         else:
             return None
         self.field.report.evaluations += len(times)

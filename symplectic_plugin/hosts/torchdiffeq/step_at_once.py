@@ -1,4 +1,4 @@
-"""A step by torchdiffeq whose stages are one compiled program."""
+"""Steps by torchdiffeq whose stages are one compiled program."""
 
 from __future__ import annotations
 
@@ -24,15 +24,23 @@ class StepAtOnce:
         field: the vector field, of an `Unperturbed`.
         compiled: what the user gave, compiled, which is in that.
         tableau: the method's.
+        with_slopes: whether anything but steps' ends is made of slopes.
     """
 
-    def __init__(self, field: VectorField, compiled: Compiled, tableau: ButcherTableau) -> None:
+    def __init__(self, field: VectorField, compiled: Compiled, tableau: ButcherTableau, with_slopes: bool) -> None:
         function: Any = field.function
         self._unperturbed: Unperturbed = function
         self._field = field
-        self._program = StepProgram(self._unperturbed.inner, compiled, tableau)
+        self._program = StepProgram(self._unperturbed.inner, compiled, tableau, with_slopes)
 
-    def __call__(self, graph: StepGraph, times: Sequence[Tensor], keywords: Sequence[Keywords], is_given: bool) -> bool:
+    def __call__(
+        self,
+        graph: StepGraph,
+        times: Sequence[Tensor],
+        keywords: Sequence[Keywords],
+        is_given: bool,
+        following: Sequence[tuple[float, Sequence[Tensor]]] = (),
+    ) -> bool:
         """Have all slopes of a step evaluated, with their graph; returns whether that could be done.
 
         Args:
@@ -40,10 +48,16 @@ class StepAtOnce:
             times: of the stages whose slopes are to be evaluated.
             keywords: with which the host has f evaluated for them.
             is_given: whether the first slope is the one that is in the graph already.
+            following: the sizes and times of steps that will go on from this one, to be taken at once with it.
         """
+        if graph.add_taken():
+            return True
         if graph.stand_ins or not self._works(times, graph.origin):
             return False
-        return graph.add_stages(self._program, *self._times(times, keywords, graph.h, graph.origin), is_given)
+        if graph.before is None:  # the first one is to show what a step keeps; others don't go on from each other
+            following = ()
+        moved = self._times([times, *(of_step for _, of_step in following)], keywords)
+        return graph.add_stages(self._program, moved, [graph.h, *(h for h, _ in following)], is_given)
 
     def without_graph(
         self, times: Sequence[Tensor], keywords: Sequence[Keywords], h: float, start: Tensor, slope: Tensor | None
@@ -60,7 +74,8 @@ class StepAtOnce:
             return None
         given = None if slope is None else slope.contiguous()  # each other layout would be compiled for as well
         with torch.no_grad():
-            return self._field.taken_by(self._program, *self._times(times, keywords, h, start), start, given)
+            taken = self._field.taken_by(self._program, self._times([times], keywords), [h], start, given)
+        return None if taken is None else taken[0]
 
     def _works(self, times: Sequence[Tensor], start: Tensor) -> bool:
         # Numbers that a program draws are others than those that f does.
@@ -68,10 +83,11 @@ class StepAtOnce:
         works = program.works and program.compiled.is_compiled
         return works and not self._field.draws and self._unperturbed.leaves(times[0], start)
 
-    def _times(
-        self, times: Sequence[Tensor], keywords: Sequence[Keywords], h: float, start: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """The times as f is to have them, and the step's size."""
-        moved = [Unperturbed.moved(t, **of_stage) for t, of_stage in zip(times, keywords, strict=True)]
-        precision = torch.float32 if start.device.type == "mps" else torch.float64
-        return moved, torch.full((), h, dtype=precision, device=start.device)
+    def _times(self, times: Sequence[Sequence[Tensor]], keywords: Sequence[Keywords]) -> Tensor:
+        """The times of steps as f is to have them."""
+        moved = [
+            Unperturbed.moved(t, **of_stage)
+            for of_step in times
+            for t, of_stage in zip(of_step, keywords, strict=False)  # there may be one more time
+        ]
+        return torch.stack(moved).view(len(times), -1)
