@@ -280,6 +280,57 @@ def test_errors_of_f_are_its_own(solver) -> None:
         solve(f, Y0, t)
 
 
+SLOPES = {
+    "must return a tensor of the state's shape": lambda z: z.mean(0, keepdim=True),  # could be broadcast
+    "must return numbers, got booleans": lambda z: z > 0,
+    "got NoneType": lambda z: None,
+}
+
+
+# Of the steps that a program takes at once, the first, the second or the third.
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("message", SLOPES)
+@pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdyn rk4"])
+def test_what_is_no_slope_is_refused_whenever_it_comes(solver, message, step) -> None:
+    def f(t: Tensor, y: Tensor) -> Any:
+        return SLOPES[message](y) if step / 8 < t < (step + 1) / 8 else torch.sin(y)
+
+    t, y0 = torch.linspace(0, 1, 9, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    host, method = solver.split()
+    name = f"symplectic_adjoint:{method}"
+    if host == "torchdiffeq":
+        solve = functools.partial(torchdiffeq.odeint, method=name, options={"compile": AOT})
+    else:
+        solve = functools.partial(odeint, solver=SOLVER_DICT[name](y0.dtype, compile=AOT))
+    with pytest.raises(ValueError, match=message):
+        solve(f, y0, t)
+
+
+@pytest.mark.parametrize(
+    ("solver", "with_dropout"),
+    [("torchdiffeq rk4", False), ("torchdiffeq rk4", True), ("torchdiffeq dopri5", False), ("torchdyn rk4", True)],
+)
+def test_statistics_of_batch_norms_are_as_without_compilation(solver, with_dropout) -> None:
+    def run(**options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        norm, dropout = nn.BatchNorm1d(8), nn.Dropout(0.5 if with_dropout else 0)
+        field = nn.Sequential(nn.Linear(3, 8), norm, nn.Tanh(), dropout, nn.Linear(8, 3)).double()
+        y0, t = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, 5).double()
+        host, method = solver.split()
+        name = f"symplectic_adjoint:{method}"
+        if host == "torchdiffeq":
+            given = {"first_step": 0.1, **options} if method in ADAPTIVE else options
+            y = torchdiffeq.odeint(lambda t, y: field(y), y0, t, method=name, options=given)
+        else:
+            y = odeint(lambda t, y: field(y), y0, t, solver=SOLVER_DICT[name](y0.dtype, **options))[1]
+        gradients = torch.autograd.grad((y**2).sum(), (y0, field[-1].weight))
+        return [*gradients, norm.running_mean, norm.running_var, norm.num_batches_tracked.double()]
+
+    with pytest.warns(UserWarning, match="not compiled: a batch norm in training mode"):
+        actual = run(compile=AOT)
+    assert_same(actual, run())
+
+
 @pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdyn rk4"])
 def test_what_is_no_way_to_compile_is_refused(solver) -> None:
     with pytest.raises(ValueError, match="compile must be"):

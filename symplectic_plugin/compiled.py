@@ -82,14 +82,14 @@ class Compiled:
             with evaluated_as_it_is():
                 result = make()(*args, **keywords)
             # If that raises too, it is not to do with compilation.
-            self.is_compiled = False
             reason = " ".join(str(error).split("\n")[:2]).strip()
-            warnings.warn(
-                "symplectic_adjoint: torch.compile failed, so the vector field is evaluated as it is: "
-                f"{type(error).__name__}: {reason}",
-                stacklevel=3,
-            )
+            self.give_up(f"torch.compile failed: {type(error).__name__}: {reason}")
             return result
+
+    def give_up(self, why: str) -> None:
+        """Evaluate the function as it is from now on, with a warning that says why."""
+        self.is_compiled = False
+        warnings.warn(f"symplectic_adjoint: the vector field is evaluated as it is, not compiled: {why}", stacklevel=4)
 
 
 def _evaluate(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:

@@ -72,6 +72,11 @@ class Held:
             parts.extend(holder.contents.values())
         return parts
 
+    @property
+    def counts_evaluations(self) -> bool:
+        """Whether there are batch norms whose running statistics are changed by an evaluation."""
+        return any(norm.training and norm.running_mean is not None for norm in self._norms)
+
     def settle(self) -> None:
         """Once f has been at work: what has changed since is what it changes by itself, which is not put back.
 

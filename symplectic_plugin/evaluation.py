@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .graphs import has_storage, nodes_between, saved_storages
@@ -56,3 +57,20 @@ class Evaluation:
         if has_storage(self.leaf):  # it may be a view of something larger, which is there anyway
             storages[self.leaf.untyped_storage().data_ptr()] = self.leaf.numel() * self.leaf.element_size()
         return storages
+
+
+def require_slope(slope: Any, x: Tensor) -> Tensor:
+    """What is to be a slope at state x.
+
+    Raises:
+        ValueError: if it is not a tensor of numbers of the state's shape.
+    """
+    if isinstance(slope, Tensor) and slope.dtype is torch.bool:
+        raise ValueError("symplectic_adjoint: the vector field must return numbers, got booleans: convert them")
+    if not isinstance(slope, Tensor) or slope.shape != x.shape:
+        got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+        raise ValueError(
+            f"symplectic_adjoint: the vector field must return a tensor of the state's shape {tuple(x.shape)}, "
+            f"got {got}"
+        )
+    return slope

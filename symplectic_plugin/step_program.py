@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .compiled import Compiled
 from .cotangents import wide
+from .evaluation import require_slope
 from .tableau import ButcherTableau
 
 
@@ -106,7 +107,7 @@ def _step(a: Sequence[Sequence[float]], b: Sequence[float] | None, with_slopes: 
                 if weight != 0:
                     stage = stage + _scaled(k, h * weight, start)
             stages.append(stage)
-            slopes.append(function(t, stage))
+            slopes.append(require_slope(function(t, stage), stage))
         moved = None
         if b is not None:
             for weight, k in zip(b, slopes, strict=False):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .autocast import Autocast
-from .compiled import evaluated_as_it_is
+from .compiled import Compiled, evaluated_as_it_is
 from .cotangents import CotangentSums, StandIns
 from .dependencies import Held, has_hooks
-from .evaluation import Evaluation, Keywords
+from .evaluation import Evaluation, Keywords, require_slope
 from .graphs import (
     accumulator,
     cotangent_bytes,
@@ -43,6 +43,7 @@ class VectorField:
         report: takes the counts.
         named: tensors that f depends on, found or not: gradients go to them as well.
         only: gradients go to `named` alone, whatever else f depends on.
+        compiled: what the user gave, compiled, if it is in that.
 
     Attributes:
         dependencies: the tensors that f depends on and that gradients go to, once `discover` has run.
@@ -62,8 +63,10 @@ class VectorField:
         report: SolveReport,
         named: Sequence[Tensor] = (),
         only: bool = False,
+        compiled: Compiled | None = None,
     ) -> None:
         self.function = function
+        self.compiled = compiled
         self.device = device
         self.report = report
         self.dependencies = [tensor for tensor in dict.fromkeys(named) if tensor.requires_grad]
@@ -143,6 +146,8 @@ class VectorField:
             if has_storage(tensor)
         }
         self._refuse_own_state(slope, t, x, keywords)
+        if self.compiled is not None and held.counts_evaluations:
+            self.compiled.give_up("a batch norm in training mode would count the first evaluation twice")
         return evaluation
 
     @property
@@ -267,11 +272,11 @@ class VectorField:
     def taken_by(
         self, program: StepProgram, times: Tensor, sizes: Sequence[float], start: Tensor, slope: Tensor | None
     ) -> list[TakenStep] | None:
-        """Steps as a program of f takes them; None if its slopes don't go with the state."""
+        """Steps as a program of f takes them; None if its slopes are of a wider dtype."""
         with self.autocast.again():
             taken = program(times, sizes, start, slope)
-        for k in taken[0].slopes:
-            if k.shape != start.shape or torch.promote_types(k.dtype, start.dtype) != start.dtype:
+        for k in (slope for step in taken for slope in step.slopes):
+            if k.dtype is not start.dtype and torch.promote_types(k.dtype, start.dtype) != start.dtype:
                 program.works = False  # f will say so, where it is evaluated by itself
                 return None
         return taken
@@ -368,23 +373,6 @@ class VectorField:
 def _no_gradient(*_: Any) -> tuple[None]:
     """A node's hook: nothing goes on behind it."""
     return (None,)
-
-
-def require_slope(slope: Any, x: Tensor) -> Tensor:
-    """What is to be a slope at state x.
-
-    Raises:
-        ValueError: if it is not a tensor of numbers of the state's shape.
-    """
-    if isinstance(slope, Tensor) and slope.dtype is torch.bool:
-        raise ValueError("symplectic_adjoint: the vector field must return numbers, got booleans: convert them")
-    if not isinstance(slope, Tensor) or slope.shape != x.shape:
-        got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
-        raise ValueError(
-            f"symplectic_adjoint: the vector field must return a tensor of the state's shape {tuple(x.shape)}, "
-            f"got {got}"
-        )
-    return slope
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb
 
-from ...compiled import Compiled
 from ...cotangents import StandIns
 from ...evaluation import Evaluation, Keywords
 from ...kept import Graph
@@ -25,11 +24,10 @@ from .step_at_once import StepAtOnce
 class RecordedField:
     """The vector field as the base solver calls it: without graphs, but for the one that shows what it depends on."""
 
-    def __init__(self, field: VectorField, func: Any, initial: Tensor, compiled: Compiled | None = None) -> None:
+    def __init__(self, field: VectorField, func: Any, initial: Tensor) -> None:
         self.field = field
         self.func = func
         self.initial = initial
-        self.compiled = compiled
         self.on_discovery: Callable[[Evaluation], bool] | None = None
         # A step of the method with it, compiled, if that is wanted.
         self.at_once: StepAtOnce | None = None

@@ -90,7 +90,7 @@ class Recorder(ABC):
         )
         self._evaluations = tableau.stages - (1 if handed_on else 0)
         self._planned = steps
-        if (compiled := self.func.compiled) is not None and tableau.explicit:
+        if (compiled := field.compiled) is not None and tableau.explicit:
             self.func.at_once = self.trajectory.at_once = StepAtOnce(field, compiled, tableau, not dense.linear)
         slope_kept = self.trajectory.keeps_slope
         # Outputs may be made of slopes that are in no graph.

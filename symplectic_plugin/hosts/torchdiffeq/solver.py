@@ -108,8 +108,9 @@ class SymplecticAdjoint:
             new_report("torchdiffeq", name, checkpoints.policy),
             adjoint_params,
             only_adjoint_params,
+            compiled,
         )
-        self.recorded = RecordedField(self.field, func, y0, compiled)
+        self.recorded = RecordedField(self.field, func, y0)
         self.base = recording(base)(func=self.recorded, y0=y0.detach(), rtol=rtol, atol=atol, **options)
         self.base.checkpoints = checkpoints
 

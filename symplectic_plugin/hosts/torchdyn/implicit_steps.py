@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...evaluation import require_slope
 from ...implicit.solve import ImplicitSolve, require_exact
 from ...implicit.step import TakenStep
 from ...implicit.step_back import slopes_to_keep
 from ...kept import Kept
 from ...step_gradient import attach_step
 from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
-from ...vector_field import VectorField, require_slope
+from ...vector_field import VectorField
 from ...witness import refuse_transforms
 from .implicit import ImplicitSolver
 from .solve import Solve, StageTimes, require_size

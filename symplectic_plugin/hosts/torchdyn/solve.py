@@ -15,7 +15,7 @@ from torch import Tensor
 from ...checkpoints import Checkpoints
 from ...compiled import Compiled
 from ...cotangents import NO_STAND_INS, wide
-from ...evaluation import Evaluation
+from ...evaluation import Evaluation, require_slope
 from ...kept import Graph
 from ...randomness import GeneratorStates
 from ...report import new_report
@@ -78,7 +78,7 @@ class Solve:
                 self.checkpoints.only_states()
             name = solver.name if isinstance(solver, ImplicitSolver) else solver.base.__name__
             self.reported = new_report("torchdyn", name, self.checkpoints.policy)
-            self.field = VectorField(function, x.device, self.reported, solver.params)
+            self.field = VectorField(function, x.device, self.reported, solver.params, compiled=self.compiled)
             self._stepper = copy.copy(solver)
             self._stepper.__class__ = solver.base
             self._stepper.__dict__.pop("solve")
@@ -166,7 +166,10 @@ def _with_whole_counts(f: Any) -> Any:
 
 
 def _step(stepper: Any, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
-    return stepper.step(f, x, t, dt, k1=k1, args=args)
+    def checked(t: Tensor, x: Tensor) -> Tensor:
+        return require_slope(f(t, x), x)
+
+    return stepper.step(checked, x, t, dt, k1=k1, args=args)
 
 
 class WithLoss:

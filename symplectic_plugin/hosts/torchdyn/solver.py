@@ -24,6 +24,7 @@ from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitE
 
 from ...checkpoints import Checkpoints
 from ...compiled import evaluated_as_it_is, not_compiled
+from ...evaluation import require_slope
 from ...kept import Graph, Kept
 from ...randomness import Generators
 from ...stage_graphs import StageGraphs
@@ -31,7 +32,6 @@ from ...step_gradient import attach_step
 from ...step_graph import StepGraph
 from ...tableau import read_rounded_tableau
 from ...trajectory import NoOutputs, Step, Trajectory
-from ...vector_field import require_slope
 from ...whole_graph import watch
 from ...witness import Addresses, refuse_transforms
 from . import step_sizes
