@@ -103,16 +103,17 @@ def _step(a: Sequence[Sequence[float]], b: Sequence[float] | None, with_slopes: 
         stages = []
         for t in times:
             stage = start
-            for weight, k in zip(a[len(slopes)], slopes, strict=False):
-                if weight != 0:
-                    stage = stage + _scaled(k, h * weight, start)
+            row = a[len(slopes)]
+            for j, k in enumerate(slopes):  # zip with strict=False is not compiled by torch 2.5
+                if row[j] != 0:
+                    stage = stage + _scaled(k, h * row[j], start)
             stages.append(stage)
             slopes.append(require_slope(function(t, stage), stage))
         moved = None
         if b is not None:
-            for weight, k in zip(b, slopes, strict=False):
-                if weight != 0:
-                    term = _scaled(k, h * weight, start)
+            for j, k in enumerate(slopes):
+                if b[j] != 0:
+                    term = _scaled(k, h * b[j], start)
                     moved = term if moved is None else moved + term
         first = 1 if slope is None else 0
         last = len(stages) if b is not None else len(stages) - 1
