@@ -31,6 +31,16 @@ AOT = {"backend": "aot_eager"}
 ADAPTIVE = ("dopri5", "bosh3")
 
 
+def solver_of(name: str, **options: Any) -> Callable[..., Tensor]:
+    """The flag's `solve(f, y0, t)` with a host and a method."""
+    host, method = name.split()
+    flag = f"symplectic_adjoint:{method}"
+    if host == "torchdiffeq":
+        first_step = {"first_step": 0.1} if method in ADAPTIVE else {}
+        return functools.partial(torchdiffeq.odeint, method=flag, options={**first_step, **options})
+    return lambda f, y0, t: odeint(f, y0, t, solver=SOLVER_DICT[flag](y0.dtype, **options))[1]
+
+
 def gradients(solver: str, **options: Any) -> tuple[Tensor, ...]:
     """With options the flag's; without the host's own."""
     field, context, y0 = mlp(), Y0.clone().requires_grad_(), Y0.clone().requires_grad_()
@@ -273,14 +283,8 @@ def test_errors_of_f_are_its_own(solver) -> None:
         return y * t
 
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
-    host, method = solver.split()
-    name = f"symplectic_adjoint:{method}"
-    if host == "torchdiffeq":
-        solve = functools.partial(torchdiffeq.odeint, method=name, options={"compile": AOT})
-    else:
-        solve = functools.partial(odeint, solver=SOLVER_DICT[name](Y0.dtype, compile=AOT))
     with pytest.raises(KeyError, match="a key"):
-        solve(f, Y0, t)
+        solver_of(solver, compile=AOT)(f, Y0, t)
 
 
 SLOPES = {
@@ -299,14 +303,8 @@ def test_what_is_no_slope_is_refused_whenever_it_comes(solver, message, step) ->
         return SLOPES[message](y) if step / 8 < t < (step + 1) / 8 else torch.sin(y)
 
     t, y0 = torch.linspace(0, 1, 9, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
-    host, method = solver.split()
-    name = f"symplectic_adjoint:{method}"
-    if host == "torchdiffeq":
-        solve = functools.partial(torchdiffeq.odeint, method=name, options={"compile": AOT})
-    else:
-        solve = functools.partial(odeint, solver=SOLVER_DICT[name](y0.dtype, compile=AOT))
     with pytest.raises(ValueError, match=message):
-        solve(f, y0, t)
+        solver_of(solver, compile=AOT)(f, y0, t)
 
 
 @pytest.mark.parametrize(
@@ -319,19 +317,22 @@ def test_statistics_of_batch_norms_are_as_without_compilation(solver, with_dropo
         norm, dropout = nn.BatchNorm1d(8), nn.Dropout(0.5 if with_dropout else 0)
         field = nn.Sequential(nn.Linear(3, 8), norm, nn.Tanh(), dropout, nn.Linear(8, 3)).double()
         y0, t = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.linspace(0, 1, 5).double()
-        host, method = solver.split()
-        name = f"symplectic_adjoint:{method}"
-        if host == "torchdiffeq":
-            given = {"first_step": 0.1, **options} if method in ADAPTIVE else options
-            y = torchdiffeq.odeint(lambda t, y: field(y), y0, t, method=name, options=given)
-        else:
-            y = odeint(lambda t, y: field(y), y0, t, solver=SOLVER_DICT[name](y0.dtype, **options))[1]
+        y = solver_of(solver, **options)(lambda t, y: field(y), y0, t)
         gradients = torch.autograd.grad((y**2).sum(), (y0, field[-1].weight))
         return [*gradients, norm.running_mean, norm.running_var, norm.num_batches_tracked.double()]
 
     with pytest.warns(UserWarning, match="not compiled: a batch norm in training mode"):
         actual = run(compile=AOT)
     assert_same(actual, run())
+
+
+@pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdyn rk4"])
+def test_a_batch_norm_that_f_only_holds_is_no_reason_not_to_compile(solver) -> None:
+    model, backend = nn.ModuleDict({"encoder": nn.BatchNorm1d(3), "field": Field()}).double(), Counting()
+    y0 = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    solve = solver_of(solver, compile={"backend": backend})
+    solve(lambda t, y: model["field"](t, y), model["encoder"](y0), torch.linspace(0, 1, 5, dtype=torch.float64))
+    assert backend.calls > 0
 
 
 @pytest.mark.parametrize("solver", ["torchdiffeq rk4", "torchdyn rk4"])

@@ -58,6 +58,7 @@ class Held:
             queue.extend([part for part in parts if not _is_hollow(part)])
         statistics = {id(buffer) for norm in self._norms for buffer in norm._buffers.values()}
         self._versions = [(x, x._version) for x in self.frozen if id(x) not in statistics]
+        self._statistics = [(x, x._version) for x in self.frozen if id(x) in statistics]
 
     def _look_into(self, item: Any) -> list[object]:
         """Note an object, and return what it is made of."""
@@ -71,11 +72,6 @@ class Held:
         for holder in holders:
             parts.extend(holder.contents.values())
         return parts
-
-    @property
-    def counts_evaluations(self) -> bool:
-        """Whether there are batch norms whose running statistics are changed by an evaluation."""
-        return any(norm.training and norm.running_mean is not None for norm in self._norms)
 
     def settle(self) -> None:
         """Once f has been at work: what has changed since is what it changes by itself, which is not put back.
@@ -92,6 +88,10 @@ class Held:
     def changed_in_place(self) -> list[Tensor]:
         """Tensors without gradients, other than batch norms' statistics, that were changed in place since."""
         return [tensor for tensor, version in self._versions if tensor._version != version]
+
+    def statistics_changed(self) -> bool:
+        """Whether batch norms' statistics were changed since: one that f holds need not be used by it."""
+        return any(tensor._version != version for tensor, version in self._statistics)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

@@ -146,7 +146,7 @@ class VectorField:
             if has_storage(tensor)
         }
         self._refuse_own_state(slope, t, x, keywords)
-        if self.compiled is not None and held.counts_evaluations:
+        if self.compiled is not None and held.statistics_changed():
             self.compiled.give_up("a batch norm in training mode would count the first evaluation twice")
         return evaluation
 
