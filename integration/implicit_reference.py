@@ -16,7 +16,7 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from symplectic_plugin.hosts.torchdiffeq.implicit import SOLVERS, AdaptiveImplicit, _parts
-from symplectic_plugin.implicit.tableaux import METHODS
+from symplectic_plugin.methods.implicit_tableaux import METHODS
 
 
 def slopes_of_step(

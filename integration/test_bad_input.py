@@ -241,7 +241,7 @@ class TestExceptions:
     @pytest.fixture(autouse=True)
     def policy(self, monkeypatch) -> None:
         """So that f is evaluated in the backward pass."""
-        monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", "steps")
+        monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", "steps")
 
     @staticmethod
     def gradients(field: Failing, solver: str, flag: bool) -> list[Tensor]:

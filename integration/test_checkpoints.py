@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import symplectic_plugin
 from benchmarks.peak_memory import peak_bytes
-from symplectic_plugin.checkpoints import POLICIES
+from symplectic_plugin.record.checkpoints import POLICIES
 
 from .fields import ADAPTIVE, FIXED, MLP, Outcome, callbacks_and_limits, errors
 
@@ -182,7 +182,7 @@ class TestMemory:
 
     def peak(
         self, method: str, steps: int, outputs: int = 2, of_times: bool = False, **options
-    ) -> tuple[int, symplectic_plugin.report.SolveReport]:
+    ) -> tuple[int, symplectic_plugin.field.report.SolveReport]:
         field, y0 = network(), torch.randn(self.BATCH, 8).requires_grad_()
         adaptive = method in ADAPTIVE
         # All steps as long as the first, whatever the error.
@@ -290,7 +290,7 @@ class TestMemory:
         assert self.peak("rk4", 20)[1].recomputed == 0
         peak, report = self.peak("rk4", 500)
         assert report.recomputed > 0
-        assert peak <= symplectic_plugin.checkpoints.DEFAULT_BUDGET
+        assert peak <= symplectic_plugin.record.checkpoints.DEFAULT_BUDGET
 
     def test_growth_of_steps_and_stages(self) -> None:
         state = self.BATCH * 8 * 4

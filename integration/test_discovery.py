@@ -319,7 +319,7 @@ def test_report_of_what_is_registered(run):
 
 
 def test_import_of_torch_never_fails(run, tmp_path):
-    without_hook = "import sys; sys.modules['symplectic_plugin.importing'] = None; import torch"
+    without_hook = "import sys; sys.modules['symplectic_plugin.registration.import_hook'] = None; import torch"
     assert "symplectic-plugin could not prepare" in run("-W", "error", "-c", without_hook).stderr
 
     # A host with other insides than the known ones: only a warning.
@@ -328,7 +328,7 @@ def test_import_of_torch_never_fails(run, tmp_path):
     (package.parent / "__init__.py").write_text("import torchdiffeq._impl.adjoint")
     (package / "__init__.py").touch()
     (package / "adjoint.py").touch()
-    program = "from symplectic_plugin.autoload import autoload; autoload(); import torchdiffeq; autoload()"
+    program = "from symplectic_plugin.registration.autoload import autoload; autoload(); import torchdiffeq; autoload()"
     for action in "always", "error":
         stderr = run("-W", action, "-c", program).stderr
         assert "this version of torchdiffeq has no torchdiffeq._impl.odeint.SOLVERS" in stderr
@@ -338,7 +338,7 @@ def test_cost_to_programs_that_only_use_torch(run):
     program = """if True:
         import torch, time
         start = time.perf_counter()
-        from symplectic_plugin.autoload import autoload
+        from symplectic_plugin.registration.autoload import autoload
         autoload()
         print(time.perf_counter() - start)
         """
@@ -349,8 +349,8 @@ def test_cost_to_programs_that_only_use_torch(run):
         imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
         assert {name for name in imported if name.split(".")[0] == "symplectic_plugin"} == {
             "symplectic_plugin",
-            "symplectic_plugin.autoload",
-            "symplectic_plugin.importing",
+            "symplectic_plugin.registration.autoload",
+            "symplectic_plugin.registration.import_hook",
         }
         if min(costs) < 5e-3:
             break

@@ -10,8 +10,8 @@ import torchdiffeq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from symplectic_plugin.checkpoints import POLICIES
 from symplectic_plugin.hosts.torchdiffeq.methods import solvers
+from symplectic_plugin.record.checkpoints import POLICIES
 
 from .fields import ADAPTIVE, FIXED, MLP, Outcome, complex_states, errors, output_times, problems
 

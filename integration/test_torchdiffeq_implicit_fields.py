@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.peak_memory import peak_bytes
 from symplectic_plugin.hosts.torchdiffeq.methods import solvers
-from symplectic_plugin.implicit.tableaux import METHODS
+from symplectic_plugin.methods.implicit_tableaux import METHODS
 
 from .fields import Outcome, errors
 from .implicit_reference import references

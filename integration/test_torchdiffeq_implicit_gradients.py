@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import symplectic_plugin
 from benchmarks.stiff import TIMES, Learned
-from symplectic_plugin.checkpoints import POLICIES
 from symplectic_plugin.hosts.torchdiffeq.methods import solvers
-from symplectic_plugin.implicit.tableaux import METHODS
+from symplectic_plugin.methods.implicit_tableaux import METHODS
+from symplectic_plugin.record.checkpoints import POLICIES
 
 from .fields import Outcome, errors, output_times
 from .implicit_reference import references
@@ -240,7 +240,7 @@ def test_every_policy_and_budget_gives_the_same_gradient(method, tmp_path) -> No
     t = torch.linspace(0, 1, 6, dtype=torch.float64)
     size = {"step_size": 0.1} if method in FIXED else {"first_step": 0.1, "max_step": 0.1}
 
-    def outcome(**options) -> tuple[Outcome, symplectic_plugin.report.SolveReport]:
+    def outcome(**options) -> tuple[Outcome, symplectic_plugin.field.report.SolveReport]:
         with symplectic_plugin.profile() as solves:
             result = Outcome(field, y0, t, method=f"{FLAG}:{method}", options=size | options, rtol=1e-2, atol=1e-2)
         return result, solves[0]

@@ -15,7 +15,7 @@ import torchdiffeq
 from torch import nn
 from torchdiffeq._impl.misc import _rms_norm
 
-from symplectic_plugin.storage import Disk
+from symplectic_plugin.record.storage import Disk
 
 from .fields import ADAPTIVE, FIXED, MLP, Outcome, errors
 
@@ -31,7 +31,7 @@ def kept(request, monkeypatch, tmp_path) -> str:
     if request.param == "graphs":
         monkeypatch.setattr("symplectic_plugin.hosts.torchdiffeq.solver.storage", lambda *_: Disk(tmp_path))
     elif request.param == "steps":
-        monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", request.param)
+        monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", request.param)
     return request.param
 
 

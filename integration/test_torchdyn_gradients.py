@@ -22,10 +22,10 @@ from torchdyn.numerics import odeint
 from torchdyn.numerics.solvers.hyper import HyperEuler, HyperMidpoint, HyperRungeKutta4
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT
 
-from symplectic_plugin.checkpoints import POLICIES
 from symplectic_plugin.hosts.torchdyn.implicit import METHODS
 from symplectic_plugin.hosts.torchdyn.methods import tableau_of
 from symplectic_plugin.hosts.torchdyn.solver import with_adjoint
+from symplectic_plugin.record.checkpoints import POLICIES
 
 from .fields import MLP, Outcome, errors, problems
 
@@ -46,10 +46,10 @@ def kept(request, monkeypatch) -> str:
     Graphs are kept where times need no gradients: they go on from each other, or are gone through step by step.
     """
     if request.param in POLICIES:
-        monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", request.param)
+        monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", request.param)
     if request.param == "graphs":
-        monkeypatch.setattr("symplectic_plugin.checkpoints.Checkpoints.may_lend", lambda *_: False)
-    monkeypatch.setattr("symplectic_plugin.checkpoints.SNAPSHOTS", 10)
+        monkeypatch.setattr("symplectic_plugin.record.checkpoints.Checkpoints.may_lend", lambda *_: False)
+    monkeypatch.setattr("symplectic_plugin.record.checkpoints.SNAPSHOTS", 10)
     monkeypatch.setattr(f"{__name__}.of_times", request.param in POLICIES)
     return request.param
 

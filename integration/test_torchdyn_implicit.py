@@ -20,8 +20,8 @@ from torchdyn.numerics import odeint, odeint_hybrid
 from torchdyn.numerics.solvers.ode import SOLVER_DICT, MSZero
 from torchdyn.numerics.solvers.templates import DiffEqSolver
 
-from symplectic_plugin.checkpoints import POLICIES
 from symplectic_plugin.hosts.torchdyn.implicit import METHODS
+from symplectic_plugin.record.checkpoints import POLICIES
 
 from .fields import MLP, Outcome, errors, problems
 from .implicit_reference import slopes_of_step

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has
 @pytest.fixture(autouse=True, params=["auto", "steps"])
 def policy(request, monkeypatch) -> None:
     """By default these small solves keep all graphs; and all of this has to hold as well where nothing is kept."""
-    monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", request.param)
+    monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", request.param)
 
 
 def random(*shape: int, seed: int = 2) -> Tensor:

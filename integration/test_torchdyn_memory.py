@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect
 @pytest.fixture(autouse=True)
 def policy(monkeypatch) -> None:
     """The least memory that does not depend on the number of steps but by a state each."""
-    monkeypatch.setattr("symplectic_plugin.checkpoints.DEFAULT_POLICY", "steps")
+    monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", "steps")
 
 
 def network(hidden: int) -> nn.Module:

@@ -7,9 +7,9 @@ is imported here: the public names are looked up when they are first used (PEP 5
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from symplectic_plugin.registry import register, registered, unregister
-    from symplectic_plugin.report import profile
-    from symplectic_plugin.tableau import ButcherTableau, partner_tableau, read_tableau
+    from symplectic_plugin.field.report import profile
+    from symplectic_plugin.methods.tableau import ButcherTableau, partner_tableau, read_tableau
+    from symplectic_plugin.registration.registry import register, registered, unregister
 
 __version__ = "0.1.0"
 
@@ -25,13 +25,13 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "register": "registry",
-    "registered": "registry",
-    "unregister": "registry",
-    "profile": "report",
-    "ButcherTableau": "tableau",
-    "partner_tableau": "tableau",
-    "read_tableau": "tableau",
+    "register": "registration.registry",
+    "registered": "registration.registry",
+    "unregister": "registration.registry",
+    "profile": "field.report",
+    "ButcherTableau": "methods.tableau",
+    "partner_tableau": "methods.tableau",
+    "read_tableau": "methods.tableau",
 }
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from symplectic_plugin.implicit.newton import NewtonOptions
-from symplectic_plugin.implicit.stage_field import GraphOf, StageField
-from symplectic_plugin.implicit.step import ImplicitSteps, StepFields
-from symplectic_plugin.implicit.tableaux import ImplicitMethod
+from symplectic_plugin.methods.implicit_step import ImplicitSteps, StepFields
+from symplectic_plugin.methods.implicit_tableaux import ImplicitMethod
+from symplectic_plugin.methods.newton import NewtonOptions
+from symplectic_plugin.methods.stage_field import GraphOf, StageField
 
 Field = Callable[[Tensor, Tensor], Tensor]
 

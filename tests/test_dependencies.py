@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import nn
 
-from symplectic_plugin.dependencies import Held
-from symplectic_plugin.graphs import depends_on_another, is_alive
+from symplectic_plugin.field.graphs import depends_on_another, is_alive
+from symplectic_plugin.field.held import Held
 
 GLOBAL = torch.ones(2, requires_grad=True)
 

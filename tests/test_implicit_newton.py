@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from symplectic_plugin.implicit.linear import Factors, gmres
-from symplectic_plugin.implicit.newton import Newton, NewtonOptions, StageSystem, check_derivative
-from symplectic_plugin.implicit.stage_field import GraphOf, Layout, Pushforward, StageField, jacobian
+from symplectic_plugin.methods.linear import Factors, gmres
+from symplectic_plugin.methods.newton import Newton, NewtonOptions, StageSystem, check_derivative
+from symplectic_plugin.methods.stage_field import GraphOf, Layout, Pushforward, StageField, jacobian
 
 
 def _field(f) -> StageField:

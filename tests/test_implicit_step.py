@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from symplectic_plugin import partner_tableau
-from symplectic_plugin.implicit.linear import Factors
-from symplectic_plugin.implicit.newton import NewtonOptions
-from symplectic_plugin.implicit.step import ImplicitSteps
-from symplectic_plugin.implicit.tableaux import METHODS
+from symplectic_plugin.methods.implicit_step import ImplicitSteps
+from symplectic_plugin.methods.implicit_tableaux import METHODS
+from symplectic_plugin.methods.linear import Factors
+from symplectic_plugin.methods.newton import NewtonOptions
 
 from .implicit_problems import Linearization, OneStep, RandomField
 
@@ -177,7 +177,7 @@ def test_matrices_are_made_for_many_steps_at_once_forward_and_back(name: str, mo
             made.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr("symplectic_plugin.implicit.step.Factors", Counted)
+    monkeypatch.setattr("symplectic_plugin.methods.implicit_step.Factors", Counted)
     count, h, method = 20, 0.01, METHODS[name]
     shared = ImplicitSteps(method, NewtonOptions())
     field, x = RandomField(4, 0), torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -198,7 +198,7 @@ def test_matrices_are_made_for_many_steps_at_once_forward_and_back(name: str, mo
 
 def test_a_matrix_of_another_step_that_does_not_serve_is_replaced(monkeypatch) -> None:
     """From one step to the next the field becomes another one altogether: the gradient is right all the same."""
-    monkeypatch.setattr("symplectic_plugin.implicit.step._FEW_PRODUCTS", 2)
+    monkeypatch.setattr("symplectic_plugin.methods.implicit_step._FEW_PRODUCTS", 2)
     shared = ImplicitSteps(METHODS["trbdf2"], NewtonOptions())
     x, cotangent = torch.randn(2, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
     for seed in range(3):

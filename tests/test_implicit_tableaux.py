@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from symplectic_plugin import ButcherTableau
-from symplectic_plugin.implicit.tableaux import METHODS, ImplicitMethod, midpoint_weights, stability_function
+from symplectic_plugin.methods.implicit_tableaux import METHODS, ImplicitMethod, midpoint_weights, stability_function
 
 from .rooted_trees import Tree, density, trees
 

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symplectic_plugin import ButcherTableau
-from symplectic_plugin.checkpoints import Checkpoints
-from symplectic_plugin.cotangents import CotangentSums
-from symplectic_plugin.kept import Kept
-from symplectic_plugin.report import SolveReport
-from symplectic_plugin.step_graph import StepGraph
-from symplectic_plugin.sweep import sweep
-from symplectic_plugin.trajectory import DenseOutput, Step, Trajectory
-from symplectic_plugin.vector_field import VectorField
+from symplectic_plugin.adjoint.sweep import sweep
+from symplectic_plugin.field.cotangents import CotangentSums
+from symplectic_plugin.field.report import SolveReport
+from symplectic_plugin.field.vector_field import VectorField
+from symplectic_plugin.record.checkpoints import Checkpoints
+from symplectic_plugin.record.kept import Kept
+from symplectic_plugin.record.step_graph import StepGraph
+from symplectic_plugin.record.trajectory import DenseOutput, Step, Trajectory
 
 from .strategies import tableaux
 

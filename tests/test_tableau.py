@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from symplectic_plugin import ButcherTableau, partner_tableau, read_tableau
 from symplectic_plugin.hosts.torchdiffeq.methods import is_one_step, read_method, solvers
 from symplectic_plugin.hosts.torchdiffeq.recording import recording
-from symplectic_plugin.implicit.tableaux import METHODS
+from symplectic_plugin.methods.implicit_tableaux import METHODS
 
 from .rooted_trees import density, elementary_weight, trees
 from .strategies import tableaux

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb
 
-from ...trajectory import Step, TakeStep
+from ...record.trajectory import Step, TakeStep
 from .adaptive_step import PreparedTableau, adaptive_step, runge_kutta_step
 from .recorder import Method, Recorder
 from .times import StartingTime

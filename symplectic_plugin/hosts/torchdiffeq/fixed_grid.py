@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runge_kutta import combined
-from ...trajectory import Step, TakeStep, TimesOfSteps
+from ...methods.explicit import combined
+from ...record.trajectory import Step, TakeStep, TimesOfSteps
 from .recorder import Method, Recorder
 from .times import GridTimes, StartingTime
 

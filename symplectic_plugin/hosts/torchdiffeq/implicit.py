@@ -22,12 +22,12 @@ from torchdiffeq._impl.misc import (
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from ...implicit.newton import OPTIONS, NewtonOptions, tolerance_weights
-from ...implicit.no_gradient import without_gradient
-from ...implicit.stage_field import Layout, StageField, stage_field
-from ...implicit.step import ImplicitSteps, StepFields, TakenStep
-from ...implicit.tableaux import METHODS, ImplicitMethod, lower_rows
-from ...tableau import ButcherTableau
+from ...methods.implicit_step import ImplicitSteps, StepFields, TakenStep
+from ...methods.implicit_tableaux import METHODS, ImplicitMethod, lower_rows
+from ...methods.newton import OPTIONS, NewtonOptions, tolerance_weights
+from ...methods.no_gradient import without_gradient
+from ...methods.stage_field import Layout, StageField, stage_field
+from ...methods.tableau import ButcherTableau
 
 _HAS_LIMITS = "min_step" in inspect.signature(RKAdaptiveStepsizeODESolver.__init__).parameters
 """Whether torchdiffeq has limits for step sizes, and callbacks: 0.2.3 has neither."""

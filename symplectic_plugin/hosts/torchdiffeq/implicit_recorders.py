@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...evaluation import Evaluation
-from ...implicit.solve import ImplicitSolve, require_exact
-from ...implicit.step import ImplicitSteps, StepFields, TakenStep
-from ...implicit.step_back import slopes_to_keep
-from ...implicit.tableaux import ImplicitMethod
-from ...trajectory import Step, TakeStep, Trajectory
+from ...adjoint.implicit_step_back import slopes_to_keep
+from ...field.evaluation import Evaluation
+from ...methods.implicit_step import ImplicitSteps, StepFields, TakenStep
+from ...methods.implicit_tableaux import ImplicitMethod
+from ...record.implicit_solve import ImplicitSolve, require_exact
+from ...record.trajectory import Step, TakeStep, Trajectory
 from .adaptive import Adaptive
 from .fixed_grid import FixedGrid
 from .methods import hands_on_slope

@@ -13,8 +13,8 @@ from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _runge_kutta_step
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from ...tableau import ButcherTableau, probe
-from ...trajectory import DenseOutput
+from ...methods.tableau import ButcherTableau, probe
+from ...record.trajectory import DenseOutput
 from .implicit import AdaptiveImplicit, FixedGridImplicit, counterpart, is_torchdiffeqs
 
 IMPLICIT = (AdaptiveImplicit, FixedGridImplicit)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.misc import Perturb
 
-from ...cotangents import StandIns
-from ...evaluation import Evaluation, Keywords
-from ...kept import Graph
-from ...randomness import GeneratorStates
-from ...runge_kutta import combined
-from ...step_graph import StepGraph
-from ...tableau import ButcherTableau
-from ...trajectory import Step
-from ...vector_field import VectorField
+from ...field.cotangents import StandIns
+from ...field.evaluation import Evaluation, Keywords
+from ...field.random_numbers import GeneratorStates
+from ...field.vector_field import VectorField
+from ...methods.explicit import combined
+from ...methods.tableau import ButcherTableau
+from ...record.kept import Graph
+from ...record.step_graph import StepGraph
+from ...record.trajectory import Step
 from .step_at_once import StepAtOnce
 
 

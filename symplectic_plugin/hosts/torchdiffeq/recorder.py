@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl import misc
 
-from ...checkpoints import Checkpoints
-from ...cotangents import wide
-from ...evaluation import Evaluation
-from ...graphs import depends_on_another
-from ...implicit.solve import ImplicitSolve
-from ...kept import Graph, Kept
-from ...stage_graphs import StageGraphs
-from ...step_graph import StepGraph
-from ...tableau import ButcherTableau
-from ...trajectory import Step, TakeStep, Trajectory
+from ...field.cotangents import wide
+from ...field.evaluation import Evaluation
+from ...field.graphs import depends_on_another
+from ...methods.tableau import ButcherTableau
+from ...record.checkpoints import Checkpoints
+from ...record.implicit_solve import ImplicitSolve
+from ...record.defaults import DEFAULTS
+from ...record.kept import Graph, Kept
+from ...record.stage_graphs import StageGraphs
+from ...record.step_graph import StepGraph
+from ...record.trajectory import Step, TakeStep, Trajectory
 from .methods import hands_on_slope, read_dense_output, read_method
 from .recorded_field import RecordedField
 from .step_at_once import StepAtOnce
@@ -95,7 +96,7 @@ class Recorder(ABC):
         slope_kept = self.trajectory.keeps_slope
         # Outputs may be made of slopes that are in no graph.
         may_link = self.is_own and not dense.end_stage and wide(self.y0.dtype) == self.y0.dtype
-        self.func.whole = may_link and checkpoints.storage.on_device and self._wants_graph()
+        self.func.whole = DEFAULTS.live_graphs and may_link and checkpoints.storage.on_device and self._wants_graph()
 
         def begin(evaluation: Evaluation) -> bool:
             # A program returns all stages and slopes at once.

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl import misc
 
-from ...checkpoints import Checkpoints
-from ...compiled import Compiled, not_compiled
-from ...gradient import attach
-from ...report import new_report
-from ...saved import hooks_are_active
-from ...storage import storage
-from ...vector_field import VectorField
-from ...whole_graph import with_graph
-from ...witness import refuse_transforms
+from ...adjoint.function import attach
+from ...adjoint.whole_graph import with_graph
+from ...field.compiled import Compiled, not_compiled
+from ...field.report import new_report
+from ...field.vector_field import VectorField
+from ...field.witness import refuse_transforms
+from ...record.checkpoints import Checkpoints
+from ...record.saved import hooks_are_active
+from ...record.storage import storage
 from . import adjoint, implicit
 from .methods import base_solver, is_one_step, solvers
 from .recorded_field import RecordedField

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compiled import Compiled
-from ...evaluation import Keywords
-from ...step_graph import StepGraph
-from ...step_program import StepProgram, TakenStep
-from ...tableau import ButcherTableau
-from ...vector_field import VectorField
+from ...field.compiled import Compiled
+from ...field.evaluation import Keywords
+from ...field.step_program import StepProgram, TakenStep
+from ...field.vector_field import VectorField
+from ...methods.tableau import ButcherTableau
+from ...record.step_graph import StepGraph
 from .unperturbed import Unperturbed
 
 

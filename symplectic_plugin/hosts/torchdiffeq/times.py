@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...replay import Times
-from ...trajectory import Step, Trajectory
+from ...adjoint.replay import Times
+from ...record.trajectory import Step, Trajectory
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torchdyn.numerics.solvers.templates import DiffEqSolver
 
 from ...implicit import tableaux
-from ...implicit.newton import OPTIONS, NewtonOptions, tolerance_weights
-from ...implicit.no_gradient import without_gradient
-from ...implicit.stage_field import Layout, stage_field
-from ...implicit.step import ImplicitSteps, StepFields, TakenStep
-from ...implicit.tableaux import ImplicitMethod
-from ...tableau import ButcherTableau
+from ...methods.implicit_step import ImplicitSteps, StepFields, TakenStep
+from ...methods.implicit_tableaux import ImplicitMethod
+from ...methods.newton import OPTIONS, NewtonOptions, tolerance_weights
+from ...methods.no_gradient import without_gradient
+from ...methods.stage_field import Layout, stage_field
+from ...methods.tableau import ButcherTableau
 
 _ONE = torch.ones(1, dtype=torch.float64)
 

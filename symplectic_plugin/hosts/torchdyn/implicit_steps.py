@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...evaluation import require_slope
-from ...implicit.solve import ImplicitSolve, require_exact
-from ...implicit.step import TakenStep
-from ...implicit.step_back import slopes_to_keep
-from ...kept import Kept
-from ...step_gradient import attach_step
-from ...trajectory import NoOutputs, Step, TakeStep, Trajectory
-from ...vector_field import VectorField
-from ...witness import refuse_transforms
+from ...adjoint.implicit_step_back import slopes_to_keep
+from ...adjoint.step_gradient import attach_step
+from ...field.evaluation import require_slope
+from ...field.vector_field import VectorField
+from ...field.witness import refuse_transforms
+from ...methods.implicit_step import TakenStep
+from ...record.implicit_solve import ImplicitSolve, require_exact
+from ...record.kept import Kept
+from ...record.trajectory import NoOutputs, Step, TakeStep, Trajectory
 from .implicit import ImplicitSolver
 from .solve import Solve, StageTimes, require_size
 from .solver import AdjointSteps

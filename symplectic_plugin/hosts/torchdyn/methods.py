@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dependencies import Held
-from ...tableau import ButcherTableau, read_tableau
+from ...field.held import Held
+from ...methods.tableau import ButcherTableau, read_tableau
 from .implicit import ImplicitSolver
 
 

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints import Checkpoints
-from ...compiled import Compiled
-from ...cotangents import NO_STAND_INS, wide
-from ...evaluation import Evaluation, require_slope
-from ...kept import Graph
-from ...randomness import GeneratorStates
-from ...report import new_report
-from ...saved import hooks_are_active
-from ...stage_graphs import StageGraphs
-from ...storage import storage
-from ...tableau import ButcherTableau
-from ...trajectory import Step, TakeStep
-from ...vector_field import VectorField
+from ...field.compiled import Compiled
+from ...field.cotangents import NO_STAND_INS, wide
+from ...field.evaluation import Evaluation, require_slope
+from ...field.random_numbers import GeneratorStates
+from ...field.report import new_report
+from ...field.vector_field import VectorField
+from ...methods.tableau import ButcherTableau
+from ...record.checkpoints import Checkpoints
+from ...record.kept import Graph
+from ...record.saved import hooks_are_active
+from ...record.stage_graphs import StageGraphs
+from ...record.storage import storage
+from ...record.trajectory import Step, TakeStep
 from .implicit import ImplicitSolver
 from .methods import tableau_of
 

@@ -22,18 +22,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
-from ...checkpoints import Checkpoints
-from ...compiled import evaluated_as_it_is, not_compiled
-from ...evaluation import require_slope
-from ...kept import Graph, Kept
-from ...randomness import Generators
-from ...stage_graphs import StageGraphs
-from ...step_gradient import attach_step
-from ...step_graph import StepGraph
-from ...tableau import read_rounded_tableau
-from ...trajectory import NoOutputs, Step, Trajectory
-from ...whole_graph import watch
-from ...witness import Addresses, refuse_transforms
+from ...adjoint.step_gradient import attach_step
+from ...adjoint.whole_graph import watch
+from ...field.compiled import evaluated_as_it_is, not_compiled
+from ...field.evaluation import require_slope
+from ...field.random_numbers import Generators
+from ...field.witness import Addresses, refuse_transforms
+from ...methods.tableau import read_rounded_tableau
+from ...record.checkpoints import Checkpoints
+from ...record.kept import Graph, Kept
+from ...record.stage_graphs import StageGraphs
+from ...record.step_graph import StepGraph
+from ...record.trajectory import NoOutputs, Step, Trajectory
 from . import step_sizes
 from .implicit import METHODS, ImplicitSolver
 from .methods import is_torchdyns, step_function

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cotangents import CotangentSums, StandIns
-from ..evaluation import Evaluation
-from ..vector_field import VectorField
-from .newton import NewtonOptions
-from .stage_field import GraphOf, Layout, Linearized, StageField, rows_at_a_time
-from .step import ImplicitSteps, StepFields, TakenStep
-from .tableaux import ImplicitMethod
+from ..field.cotangents import CotangentSums, StandIns
+from ..field.evaluation import Evaluation
+from ..field.vector_field import VectorField
+from ..methods.implicit_step import ImplicitSteps, StepFields, TakenStep
+from ..methods.implicit_tableaux import ImplicitMethod
+from ..methods.newton import NewtonOptions
+from ..methods.stage_field import GraphOf, Layout, Linearized, StageField, rows_at_a_time
 
 _NO_STAND_INS = StandIns()
 

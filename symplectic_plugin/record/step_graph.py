@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cotangents import NO_STAND_INS, CotangentSums, StandIns
-from .evaluation import Evaluation, Keywords, Kind
-from .graphs import nodes_between, vjp
-from .runge_kutta import combined
-from .step_program import StepProgram, TakenStep
-from .tableau import ButcherTableau
-from .vector_field import VectorField
+from ..field.cotangents import NO_STAND_INS, CotangentSums, StandIns
+from ..field.evaluation import Evaluation, Keywords, Kind
+from ..field.graphs import nodes_between, vjp
+from ..field.step_program import StepProgram, TakenStep
+from ..field.vector_field import VectorField
+from ..methods.explicit import combined
+from ..methods.tableau import ButcherTableau
 
 
 class StepGraph:

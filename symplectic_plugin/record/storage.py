@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .defaults import DEFAULTS
+
 
 class Storage(ABC):
     """Puts tensors away and gets them back, on the device and with the values that they had."""
@@ -38,6 +40,7 @@ def storage(offload: str | os.PathLike[str] | None, device: torch.device) -> Sto
     Raises:
         ValueError: if it is none of these.
     """
+    offload = DEFAULTS.offload if offload is None else offload
     if offload is None or (offload == "cpu" and device.type == "cpu"):
         return DeviceMemory()
     if offload == "cpu":

@@ -18,18 +18,18 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .cotangents import CotangentSums, wide
-from .graphs import in_type_of
-from .implicit.step_back import ImplicitStepBack
-from .randomness import GeneratorStates
-from .retake import Retaker
-from .runge_kutta import combined
-from .stage_graphs import StageGraphs
-from .step_graph import StepGraph
-from .step_times import StepTimes, TimeCotangents, gathered, zero
-from .tableau import ButcherTableau
-from .trajectory import Trajectory
-from .vector_field import VectorField
+from ..field.cotangents import CotangentSums, wide
+from ..field.graphs import in_type_of
+from ..field.random_numbers import GeneratorStates
+from ..field.vector_field import VectorField
+from ..methods.explicit import combined
+from ..methods.tableau import ButcherTableau
+from ..record.stage_graphs import StageGraphs
+from ..record.step_graph import StepGraph
+from ..record.trajectory import Trajectory
+from .implicit_step_back import ImplicitStepBack
+from .recompute import Retaker
+from .times import StepTimes, TimeCotangents, gathered, zero
 
 
 def sweep(

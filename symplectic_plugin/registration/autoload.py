@@ -40,7 +40,7 @@ def is_active() -> bool:
 
 def install_hook() -> None:
     """Put the import hook in place, once."""
-    from symplectic_plugin.importing import ReportingFinder
+    from symplectic_plugin.registration.import_hook import ReportingFinder
 
     if not is_active():
         watched = {
@@ -51,20 +51,20 @@ def install_hook() -> None:
 
 
 def _host_executing(host: str) -> None:
-    from symplectic_plugin import registry
+    from symplectic_plugin.registration import registry
 
     registry.host_executing(host)
 
 
 def _host_executed(host: str) -> None:
-    from symplectic_plugin import registry
+    from symplectic_plugin.registration import registry
 
     registry.host_executed(host)
 
 
 def _complain(message: str) -> None:
     try:
-        from symplectic_plugin.importing import complain
+        from symplectic_plugin.registration.import_hook import complain
 
         complain(message)
     except Exception:  # nothing of the package can be relied on here

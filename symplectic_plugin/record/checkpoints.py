@@ -16,23 +16,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .binomial import positions, reversed_states
-from .cotangents import wide
-from .evaluation import Evaluation, Kind
+from ..field.cotangents import wide
+from ..field.evaluation import Evaluation, Kind
+from ..field.vector_field import VectorField
+from .defaults import DEFAULTS
 from .kept import Graph, Kept
+from .schedules import positions, reversed_states
 from .step_graph import StepGraph
 from .storage import DeviceMemory, Storage
-from .vector_field import VectorField
 
 POLICIES = ("auto", "stages", "steps", "binomial")
-
-DEFAULT_POLICY = "auto"
-
-DEFAULT_BUDGET = 32 * 2**20
-"""In bytes: what a solve may take, if not told otherwise, even where it could do with much less."""
-
-SNAPSHOTS = 32
-"""How many states the policy "binomial" keeps, if not told otherwise."""
 
 _FEWEST = 3
 """With fewer states than this, the time grows beyond measure."""
@@ -61,7 +54,7 @@ class Checkpoints:
 
     Args:
         policy: one of `POLICIES`, by default the first.
-        budget: in bytes, for the solve and its backward pass together. By default the larger of `DEFAULT_BUDGET` and
+        budget: in bytes, for the solve and its backward pass together. By default the larger of `Defaults.budget` and
             twice the least that "steps" needs, for "auto"; without limit for the others.
         storage: where states are put.
 
@@ -75,7 +68,7 @@ class Checkpoints:
     """
 
     def __init__(self, policy: str | None = None, budget: int | None = None, storage: Storage | None = None) -> None:
-        policy = DEFAULT_POLICY if policy is None else policy
+        policy = DEFAULTS.checkpoint if policy is None else policy
         if policy not in POLICIES:
             raise ValueError(
                 f"symplectic_adjoint: checkpoint must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}"
@@ -145,7 +138,7 @@ class Checkpoints:
         self.working = sum(sizes) + 2 * max(sizes, default=0) + 2 * gradients + (3 * stages + 12 + 2 * outputs) * size
         # Through a graph with branches, such as one of derivatives, it has more in hand than what comes and goes at one
         # node.
-        if self._budget is not None or sum(sizes) > DEFAULT_BUDGET // 64:
+        if self._budget is not None or sum(sizes) > DEFAULTS.budget // 64:
             cotangents = field.cotangents_of(evaluation)
             self.working += cotangents if cotangents > 2.1 * max(sizes, default=0) else 0
         self.working += solving + (10 * size if wide(state.dtype) != state.dtype else 0)  # the adjoint is wide
@@ -237,6 +230,8 @@ class Checkpoints:
         Args:
             evaluations: how many a step makes.
         """
+        if not DEFAULTS.live_graphs:
+            return False
         if self.policy != "auto" or self._states_alone or self._is_binomial() or not self.storage.on_device:
             return False
         # The other half is for what follows, however much that is.
@@ -381,12 +376,12 @@ class Checkpoints:
         if self._budget is not None:
             return self._budget - self.working - again
         least = self.working + self._state_bytes + more_states
-        return max(DEFAULT_BUDGET, 2 * least) - self.working - again
+        return max(DEFAULTS.budget, 2 * least) - self.working - again
 
     def _snapshots(self) -> int:
         if self._budget is not None:
-            return max(_FEWEST, int(self._room() // self._state)) if self._state else SNAPSHOTS
-        return SNAPSHOTS
+            return max(_FEWEST, int(self._room() // self._state)) if self._state else DEFAULTS.snapshots
+        return DEFAULTS.snapshots
 
     def _is_binomial(self) -> bool:
         return self.policy == "binomial" or self._spacing > 1 or self._positions is not None

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..field.random_numbers import GeneratorStates
+from ..methods.tableau import ButcherTableau
 from .checkpoints import Checkpoints
-from .implicit.solve import ImplicitSolve
+from .implicit_solve import ImplicitSolve
 from .kept import Kept
-from .randomness import GeneratorStates
 from .step_graph import StepGraph
-from .tableau import ButcherTableau
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cotangents import StandIns
-from .kept import Graph, Kept
-from .randomness import GeneratorStates
-from .runge_kutta import combined
-from .stage_graphs import StageGraphs
-from .step_graph import StepGraph
-from .tableau import ButcherTableau
-from .trajectory import TimesOfSteps, Trajectory
-from .vector_field import VectorField
+from ..field.cotangents import StandIns
+from ..field.random_numbers import GeneratorStates
+from ..field.vector_field import VectorField
+from ..methods.explicit import combined
+from ..methods.tableau import ButcherTableau
+from ..record.kept import Graph, Kept
+from ..record.stage_graphs import StageGraphs
+from ..record.step_graph import StepGraph
+from ..record.trajectory import TimesOfSteps, Trajectory
 
 
 class Retaker:

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..tableau import ButcherTableau
+from .tableau import ButcherTableau
 
 Rows = Sequence[Sequence[float | Fraction] | Tensor]
 

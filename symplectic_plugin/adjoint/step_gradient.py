@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cotangents import CotangentSums
-from .kept import Kept
+from ..field.cotangents import CotangentSums
+from ..field.report import timed
+from ..field.vector_field import VectorField
+from ..field.witness import Witness, gradients, refuse_batches, refuse_third_derivatives
+from ..record.kept import Kept
+from ..record.saved import graph_is_kept, states_for_hooks
+from ..record.trajectory import Trajectory
+from .recompute import advance
 from .replay import Times, replay
-from .report import timed
-from .retake import advance
-from .saved import graph_is_kept, states_for_hooks
-from .step_times import TimeCotangents
 from .sweep import sweep_step
-from .trajectory import Trajectory
-from .vector_field import VectorField
-from .witness import Witness, gradients, refuse_batches, refuse_third_derivatives
+from .times import TimeCotangents
 
 
 def attach_step(

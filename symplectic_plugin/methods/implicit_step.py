@@ -21,10 +21,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .implicit_tableaux import ImplicitMethod
 from .linear import Factors, Operator, gmres
 from .newton import Newton, NewtonOptions, StageSystem
 from .stage_field import GraphOf, Linearized, StageField, jacobian
-from .tableaux import ImplicitMethod
 
 
 @dataclass(frozen=True)

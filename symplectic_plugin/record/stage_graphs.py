@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .cotangents import StandIns
-from .evaluation import Evaluation, Keywords, Kind
-from .vector_field import VectorField
+from ..field.cotangents import StandIns
+from ..field.evaluation import Evaluation, Keywords, Kind
+from ..field.vector_field import VectorField
 
 
 class StageGraphs:

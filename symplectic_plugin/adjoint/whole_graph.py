@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
-from .checkpoints import Lent
-from .graphs import mark_as_solve
-from .report import SolveReport
-from .step_graph import StepGraph
-from .trajectory import DenseOutput, Trajectory
-from .vector_field import VectorField
-from .witness import Addresses
+from ..field.autocast import without_autocast
+from ..field.graphs import mark_as_solve
+from ..field.report import SolveReport
+from ..field.vector_field import VectorField
+from ..field.witness import Addresses
+from ..record.checkpoints import Lent
+from ..record.step_graph import StepGraph
+from ..record.trajectory import DenseOutput, Trajectory
 
 
 def with_graph(solution: Tensor, trajectory: Trajectory, field: VectorField) -> Tensor:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cotangents import StandIns
-from .trajectory import Trajectory
-from .vector_field import VectorField
+from ..field.cotangents import StandIns
+from ..field.vector_field import VectorField
+from ..record.trajectory import Trajectory
 
 
 class Times(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..methods.tableau import ButcherTableau
 from .compiled import Compiled
 from .cotangents import wide
 from .evaluation import require_slope
-from .tableau import ButcherTableau
 
 
 class TakenStep(NamedTuple):

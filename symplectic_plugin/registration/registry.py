@@ -35,7 +35,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from symplectic_plugin.importing import complain, in_progress, when_complete
+from symplectic_plugin.registration.import_hook import complain, in_progress, when_complete
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -114,7 +114,7 @@ def register(host: str | None = None) -> None:
         ValueError: there is no host of that name.
         ImportError: the host is not installed; without an argument, none is.
     """
-    from symplectic_plugin import autoload
+    from symplectic_plugin.registration import autoload
 
     installed = [name for name in _chosen(host) if find_spec(name) is not None]
     if not installed:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..field.report import timed
+from ..field.vector_field import VectorField
+from ..field.witness import Witness, gradients, refuse_batches, refuse_third_derivatives
+from ..record.saved import graph_is_kept, states_for_hooks
+from ..record.trajectory import Trajectory
 from .replay import Times, replay
-from .report import timed
-from .saved import graph_is_kept, states_for_hooks
 from .sweep import sweep
-from .trajectory import Trajectory
-from .vector_field import VectorField
-from .witness import Witness, gradients, refuse_batches, refuse_third_derivatives
 
 TimesOf = Callable[..., Times]
 """A solve's times as functions of the tensors that they come from: called with the trajectory and those."""

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cotangents import CotangentSums
-from ..kept import Kept
-from ..retake import Retaker
-from ..step_times import StepTimes, zero
-from ..trajectory import Trajectory
-from ..vector_field import VectorField
-from .newton import check_derivative
-from .solve import Adjoint, ImplicitSolve
-from .step import StepAdjoint, total
+from ..field.cotangents import CotangentSums
+from ..field.vector_field import VectorField
+from ..methods.implicit_step import StepAdjoint, total
+from ..methods.newton import check_derivative
+from ..record.implicit_solve import Adjoint, ImplicitSolve
+from ..record.kept import Kept
+from ..record.trajectory import Trajectory
+from .recompute import Retaker
+from .times import StepTimes, zero
 
 
 class ImplicitStepBack:

@@ -14,7 +14,6 @@ from torch import Tensor
 from .autocast import Autocast
 from .compiled import Compiled, evaluated_as_it_is
 from .cotangents import CotangentSums, StandIns
-from .dependencies import Held, has_hooks
 from .evaluation import Evaluation, Keywords, require_slope
 from .graphs import (
     accumulator,
@@ -27,7 +26,8 @@ from .graphs import (
     referenced,
     vjp,
 )
-from .randomness import Generators
+from .held import Held, has_hooks
+from .random_numbers import Generators
 from .report import SolveReport
 from .step_program import StepProgram, TakenStep
 

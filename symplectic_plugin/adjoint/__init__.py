@@ -1,0 +1,1 @@
+"""The backward pass: the autograd function of a solve, the sweep over its steps, recomputation, second derivatives."""

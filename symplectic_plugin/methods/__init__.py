@@ -1,0 +1,1 @@
+"""Runge-Kutta methods as numerics: tableaux, explicit and implicit steps, the linear algebra of implicit ones."""

@@ -1,0 +1,1 @@
+"""From installed entry points into the hosts' registries, and back out. Imports nothing of the other packages."""
