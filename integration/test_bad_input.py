@@ -7,7 +7,7 @@ import gc
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,8 @@ pytest.importorskip("torchdyn")
 
 from torchdyn.core import NeuralODE
 from torchdyn.numerics import odeint
+
+from symplectic_plugin.record import defaults
 
 from .test_torchdyn_gradients import constant_first_step
 
@@ -239,9 +241,10 @@ class TestExceptions:
     """Wherever f raises, nothing is left of the solve, and the next one is right."""
 
     @pytest.fixture(autouse=True)
-    def policy(self, monkeypatch) -> None:
+    def policy(self) -> Iterator[None]:
         """So that f is evaluated in the backward pass."""
-        monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", "steps")
+        with defaults.override(checkpoint="steps"):
+            yield
 
     @staticmethod
     def gradients(field: Failing, solver: str, flag: bool) -> list[Tensor]:

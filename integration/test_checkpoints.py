@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import symplectic_plugin
 from benchmarks.peak_memory import peak_bytes
 from symplectic_plugin.record.checkpoints import POLICIES
+from symplectic_plugin.record.defaults import DEFAULTS
 
 from .fields import ADAPTIVE, FIXED, MLP, Outcome, callbacks_and_limits, errors
 
@@ -290,7 +291,7 @@ class TestMemory:
         assert self.peak("rk4", 20)[1].recomputed == 0
         peak, report = self.peak("rk4", 500)
         assert report.recomputed > 0
-        assert peak <= symplectic_plugin.record.checkpoints.DEFAULT_BUDGET
+        assert peak <= DEFAULTS.budget
 
     def test_growth_of_steps_and_stages(self) -> None:
         state = self.BATCH * 8 * 4

@@ -349,6 +349,7 @@ def test_cost_to_programs_that_only_use_torch(run):
         imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
         assert {name for name in imported if name.split(".")[0] == "symplectic_plugin"} == {
             "symplectic_plugin",
+            "symplectic_plugin.registration",
             "symplectic_plugin.registration.autoload",
             "symplectic_plugin.registration.import_hook",
         }

@@ -7,6 +7,7 @@ import functools
 import gc
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -15,7 +16,7 @@ import torchdiffeq
 from torch import nn
 from torchdiffeq._impl.misc import _rms_norm
 
-from symplectic_plugin.record.storage import Disk
+from symplectic_plugin.record import defaults
 
 from .fields import ADAPTIVE, FIXED, MLP, Outcome, errors
 
@@ -25,14 +26,12 @@ MULTISTEP = ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver")
 
 
 @pytest.fixture(autouse=True, params=["whole graph", "graphs", "steps"])
-def kept(request, monkeypatch, tmp_path) -> str:
+def kept(request, tmp_path) -> Iterator[str]:
     """By default these small solves are one graph; and all of this has to hold as well where it is made of pieces that
     the sweep goes through, as with states on a disk, and where nothing is kept."""
-    if request.param == "graphs":
-        monkeypatch.setattr("symplectic_plugin.hosts.torchdiffeq.solver.storage", lambda *_: Disk(tmp_path))
-    elif request.param == "steps":
-        monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", request.param)
-    return request.param
+    shrunk = {"graphs": {"offload": tmp_path}, "steps": {"checkpoint": "steps"}}
+    with defaults.override(**shrunk.get(request.param, {})):
+        yield request.param
 
 
 def mlp() -> MLP:

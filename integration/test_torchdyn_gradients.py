@@ -25,6 +25,7 @@ from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT
 from symplectic_plugin.hosts.torchdyn.implicit import METHODS
 from symplectic_plugin.hosts.torchdyn.methods import tableau_of
 from symplectic_plugin.hosts.torchdyn.solver import with_adjoint
+from symplectic_plugin.record import defaults
 from symplectic_plugin.record.checkpoints import POLICIES
 
 from .fields import MLP, Outcome, errors, problems
@@ -40,18 +41,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has
 
 
 @pytest.fixture(autouse=True, params=[*POLICIES, "whole graphs", "graphs"])
-def kept(request, monkeypatch) -> str:
+def kept(request, monkeypatch) -> Iterator[str]:
     """Whatever is kept; and with so few snapshots that steps have to be taken again.
 
     Graphs are kept where times need no gradients: they go on from each other, or are gone through step by step.
     """
-    if request.param in POLICIES:
-        monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", request.param)
-    if request.param == "graphs":
-        monkeypatch.setattr("symplectic_plugin.record.checkpoints.Checkpoints.may_lend", lambda *_: False)
-    monkeypatch.setattr("symplectic_plugin.record.checkpoints.SNAPSHOTS", 10)
     monkeypatch.setattr(f"{__name__}.of_times", request.param in POLICIES)
-    return request.param
+    policy = request.param if request.param in POLICIES else "auto"
+    with defaults.override(checkpoint=policy, snapshots=10, live_graphs=request.param != "graphs"):
+        yield request.param
 
 
 of_times = True

@@ -36,6 +36,8 @@ from torchdyn.numerics.solvers.ode import (
 )
 from torchdyn.numerics.utils import EventCallback
 
+from symplectic_plugin.record import defaults
+
 from .test_torchdyn_gradients import ADAPTIVE, FIXED, FLAG, constant_first_step
 
 EXACT = 1e-12
@@ -45,9 +47,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has
 
 
 @pytest.fixture(autouse=True, params=["auto", "steps"])
-def policy(request, monkeypatch) -> None:
+def policy(request) -> Iterator[None]:
     """By default these small solves keep all graphs; and all of this has to hold as well where nothing is kept."""
-    monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", request.param)
+    with defaults.override(checkpoint=request.param):
+        yield
 
 
 def random(*shape: int, seed: int = 2) -> Tensor:

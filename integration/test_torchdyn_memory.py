@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -14,19 +15,22 @@ from torchdyn.core import NeuralODE
 from torchdyn.numerics.solvers.ode import str_to_solver
 
 from benchmarks.peak_memory import peak_bytes
+from symplectic_plugin.record import defaults
 
 BATCH, SIZE, HIDDEN = 256, 8, 512
 STATE = BATCH * SIZE * 4
 # Of a step's own scalars: its time, size, and what torchdyn computes them from.
 SCALARS = 64
 FLAG = "symplectic_adjoint"
+
 pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect")
 
 
 @pytest.fixture(autouse=True)
-def policy(monkeypatch) -> None:
+def policy() -> Iterator[None]:
     """The least memory that does not depend on the number of steps but by a state each."""
-    monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", "steps")
+    with defaults.override(checkpoint="steps"):
+        yield
 
 
 def network(hidden: int) -> nn.Module:

@@ -111,8 +111,7 @@ class TestAroundASolve:
         both(lambda flag: [hessian(lambda y: (solve(solver, flag, field, y, T)[-1] ** 3).sum(), y0)])
 
     @every_solver
-    def test_batched_gradients_are_refused_by_the_sweep(self, solver, monkeypatch) -> None:
-        monkeypatch.setattr("symplectic_plugin.record.checkpoints.DEFAULT_POLICY", "steps")
+    def test_batched_gradients_are_refused_by_the_sweep(self, solver, states_alone) -> None:
         field, y0 = mlp(), Y0.clone().requires_grad_()
         with pytest.raises(RuntimeError, match="vectorize=False"):
             jacobian(lambda y: solve(solver, True, field, y, T)[-1], Y0, vectorize=True)

@@ -15,8 +15,8 @@ from ...field.evaluation import Evaluation
 from ...field.graphs import depends_on_another
 from ...methods.tableau import ButcherTableau
 from ...record.checkpoints import Checkpoints
-from ...record.implicit_solve import ImplicitSolve
 from ...record.defaults import DEFAULTS
+from ...record.implicit_solve import ImplicitSolve
 from ...record.kept import Graph, Kept
 from ...record.stage_graphs import StageGraphs
 from ...record.step_graph import StepGraph

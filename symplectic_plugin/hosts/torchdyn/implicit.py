@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchdyn.numerics.solvers.templates import DiffEqSolver
 
-from ...implicit import tableaux
+from ...methods import implicit_tableaux
 from ...methods.implicit_step import ImplicitSteps, StepFields, TakenStep
 from ...methods.implicit_tableaux import ImplicitMethod
 from ...methods.newton import OPTIONS, NewtonOptions, tolerance_weights
@@ -21,7 +21,7 @@ from ...methods.tableau import ButcherTableau
 _ONE = torch.ones(1, dtype=torch.float64)
 
 METHODS: Mapping[str, ImplicitMethod] = {
-    **{name: method for name, method in tableaux.METHODS.items() if method.nonstiff is None},
+    **{name: method for name, method in implicit_tableaux.METHODS.items() if method.nonstiff is None},
     # torchdyn's own, which evaluates f at the step's start.
     "implicit_euler": ImplicitMethod(
         "implicit_euler", 1, ButcherTableau(_ONE[None], _ONE, 0 * _ONE, rounding=float("inf"))
