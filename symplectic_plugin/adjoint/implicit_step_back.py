@@ -1,18 +1,19 @@
-"""The adjoint sweep over a step of an implicit method, one graph of f at a time.
+"""The step back of an implicit method: its symplectic partner's step, one graph of f at a time.
 
 What acts on slope k_i from outside the stages, and what becomes of it:
 
-    r_i = h (b_i lambda_{n+1} + sum_m b_i(theta_m) g_m) + [i last] phi_{n+1}
+    r_i = h (b_i lambda_{n+1} + sum_m b_i(theta_m) g_m) + phi_i
     kappa_i, xi_i from r_i by the transposed equations of the stages (`ImplicitSteps.back`)
-    lambda_n = lambda_{n+1} + sum_m g_m + sum_i xi_i,   phi_n = kappa_1 where the first slope was handed on
+    lambda_n = lambda_{n+1} + sum_m g_m + sum_i xi_i,   phi = kappa_1 of the step after where the slope is handed on
 
-with g_m the cotangent of an output at t_n + theta_m h, as in `sweep`. The step's size has the cotangent
+with g_m the cotangent of an output at t_n + theta_m h, as in `explicit_step_back`. The step's size has the cotangent
 sum_i (<r_i, k_i> + <xi_i, X_i - x_n>) / h + sum_i c_i tau_i, where r_i is taken without phi.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,173 +23,185 @@ from ..field.cotangents import CotangentSums
 from ..field.vector_field import VectorField
 from ..methods.implicit_step import StepAdjoint, total
 from ..methods.newton import check_derivative
+from ..record.checkpoint import Checkpoint
 from ..record.implicit_solve import Adjoint, ImplicitSolve
-from ..record.kept import Kept
+from ..record.method import StageTimeCache, Step
 from ..record.trajectory import Trajectory
-from .recompute import Retaker
-from .times import StepTimes, zero
+from .step_back import OutputCotangents, StepEnd, StepStart
+from .times import StepTimeCotangents, zero
+
+
+@dataclass(frozen=True)
+class _At:
+    """One step, with everything in the layout of its equations.
+
+    Args:
+        step: the step.
+        times, keywords: of its stages, for f.
+        x: state at the start, shape (B, n).
+        parts: slopes of the stages, as `TakenStep.parts`.
+        stages: states of the stages, shape (s, B, n).
+        moved: (X_i - x_n) / h, shape (s, B, n).
+        ended: state at the end, shape (B, n).
+    """
+
+    step: Step
+    times: Sequence[Tensor]
+    keywords: Sequence[Mapping[str, Any]]
+    x: Tensor
+    parts: Tensor
+    stages: Tensor
+    moved: Tensor
+    ended: Tensor
 
 
 class ImplicitStepBack:
-    """One step of the partner of an implicit method, with the interface that `sweep` goes by."""
+    """The step back of an implicit method, for one sweep.
+
+    Args:
+        trajectory: the solve.
+        field: its vector field.
+        sums: takes the cotangents of f's dependencies.
+        outputs: cotangents of the outputs.
+        keep: not used: there are no graphs of the forward pass, which has solved equations.
+    """
 
     def __init__(
         self,
         trajectory: Trajectory,
         field: VectorField,
         sums: CotangentSums,
-        given: Tensor,
-        want_times: bool,
+        outputs: OutputCotangents,
+        *,
         keep: bool,
     ) -> None:
-        assert trajectory.implicit is not None
-        self.trajectory = trajectory
-        self.solve: ImplicitSolve = trajectory.implicit
-        self.field = field
-        self.sums = sums
-        self.steps = self.solve.steps_again()
-        self.given = self.solve.layout.flat(given)
-        self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
-        self.weights = trajectory.dense.weights(self.theta).to(self.given)
-        self.derivatives = trajectory.dense.derivatives(self.theta) if want_times else None
-        self.b = trajectory.tableau.b.to(self.given)
-        self.retaker = Retaker(trajectory, field)
-        self.is_end = [False] * len(trajectory.outputs)
-        self.following = trajectory.end
-        self.worst_deviation = zero(given)
+        method = trajectory.method
+        assert method.implicit is not None
+        self._trajectory = trajectory
+        self._solve: ImplicitSolve = method.implicit
+        self._field = field
+        self._sums = sums
+        self._outputs = outputs
+        self._steps = self._solve.steps_again()
+        self._b = method.tableau.b.to(self._solve.layout.flat(outputs.given))
+        self._times = StageTimeCache([checkpoint.step for checkpoint in trajectory.checkpoints], method.stage_times)
+        self._following = trajectory.end
+        self.deviation = zero(outputs.given)
 
-    def pull(self, *_: Any) -> None:
-        """There are no graphs of the forward pass, which has solved equations."""
-
-    def __call__(
-        self,
-        n: int,
-        state: Tensor,
-        slope: Tensor | None,
-        begin: int,
-        end: int,
-        adjoint: Tensor,
-        slope_cotangents: Mapping[int, Tensor | None],
-    ) -> tuple[Tensor, Tensor | None, StepTimes | None]:
-        """Carry the adjoint from the end of step n to its start: arguments and results as those of `_StepBack`."""
-        trajectory, solve, layout = self.trajectory, self.solve, self.solve.layout
-        step, dense, s = trajectory.steps[n], trajectory.dense, trajectory.tableau.stages
-        stage_times, keywords = self.retaker.stage_times[n], trajectory.stage_keywords(step)
-        h, x = step.h, layout.flat(state)
-        parts, kept = self._slopes(n, stage_times, keywords, state, slope)
-        slopes, moved = total(parts), self.steps.moved(parts)
-        stages = x + h * moved
-        ended = x + h * self.steps.rate(slopes)
-        given, weights = self.given[begin + 1 : end + 1], self.weights[begin:end]
-        times = None
-        if self.derivatives is not None:
-            times = StepTimes(given, self.theta, self.derivatives, begin, end)
-
-        cotangent, of_start = layout.flat(adjoint), torch.zeros_like(x)
-        if end > begin:
-            # Slopes that were evaluated for the outputs alone: after the stages' come that at the start and at the end.
-            at_end = s + dense.start_stage
-            if dense.end_stage:
-                rate = torch.einsum("m,mbn->bn", weights[:, at_end], given)
-                cotangent = cotangent + self._through(at_end, 1.0, stage_times, keywords, ended, rate, h, times)
-            if dense.start_stage:
-                rate = torch.einsum("m,mbn->bn", weights[:, s], given)
-                of_start = self._through(s, 0.0, stage_times, keywords, x, rate, h, times)
-        rates = self.b[:, None, None] * cotangent + torch.einsum("ms,mbn->sbn", weights[:, :s], given)
+    def __call__(self, at: StepEnd) -> StepStart:
+        """Carry the adjoint from the end of a step to its start."""
+        outputs, solve, layout = self._outputs, self._solve, self._solve.layout
+        checkpoint = self._trajectory.checkpoints[at.n]
+        this, were_kept = self._at(at, checkpoint)
+        h, given, times = this.step.h, layout.flat(outputs.in_step(at)), outputs.times(at)
+        cotangent, of_start = self._through_ends(at, this, times)
+        rates = self._b[:, None, None] * cotangent
+        if at.end > at.begin:
+            weights = outputs.weights_in_step(at)[:, : len(self._b)].to(rates)
+            rates = rates + torch.einsum("ms,mbn->sbn", weights, given)
         outside = h * rates
-        for i, phi in slope_cotangents.items():
+        for i, phi in at.slopes.items():
             if phi is not None:
                 outside[i] += layout.flat(phi)
 
-        if 0 < n == len(trajectory.steps) - 1 and x.numel() > 0 and solve.options.check_jacobian:
-            # Once more, where f may not be what it was when the solve began; else it would be noticed by nothing.
-            check_derivative(solve.fields(self.field, stage_times, keywords, self._recomputed).stages[-1], stages[-1])
-        of_f = Adjoint(self.sums, times is not None)
-        fields = solve.fields(self.field, stage_times, keywords, self._recomputed, of_f)
-        back = self.steps.back(fields, stages, h, outside, step.slope_handed_on)
+        if 0 < at.n == len(self._trajectory.checkpoints) - 1 and this.x.numel() > 0 and solve.options.check_jacobian:
+            # Once more, where f may not be what it was when the solve began; else nothing would notice.
+            fields = solve.fields(self._field, this.times, this.keywords, self._recomputed)
+            check_derivative(fields.stages[-1], this.stages[-1])
+        of_f = Adjoint(self._sums, times is not None)
+        fields = solve.fields(self._field, this.times, this.keywords, self._recomputed, of_f)
+        back = self._steps.back(fields, this.stages, h, outside, this.step.slope_handed_on)
         if times is not None:
-            for i in range(s):
-                times.add_slope(i, slopes[i], rates[i])
-                times.add_stage_time(float(trajectory.tableau.c[i]), back.times[i])
-            times.size = times.size + (back.stages * moved).sum()
-
-        if kept:
+            self._add_times(times, this, rates, back)
+        if were_kept:
             norm = torch.linalg.vector_norm
-            self._compare_slopes(parts, of_f, back, stages, norm(cotangent) + norm(given), h)
-        else:
-            self._compare_ends(x, ended)
-        self.following = None if trajectory.kept[n].previous is None else state
+            self._compare_slopes(this, of_f, back, norm(cotangent) + norm(given))
+        elif self._following is not None:
+            self._compare_ends(this, layout.flat(self._following))
+        self._following = None if checkpoint.previous is None else at.state
         before = cotangent + given.sum(0) + back.stages.sum(0) + of_start
-        first = layout.shaped(back.slopes[0]) if step.slope_handed_on else None
-        return layout.shaped(before), first, times
+        first = layout.shaped(back.slopes[0]) if this.step.slope_handed_on else None
+        return StepStart(layout.shaped(before), first, times)
 
-    def _slopes(
-        self,
-        n: int,
-        stage_times: Sequence[Tensor],
-        keywords: Sequence[Mapping[str, Any]],
-        state: Tensor,
-        slope: Tensor | None,
-    ) -> tuple[Tensor, bool]:
-        """The slopes of step n, as `TakenStep.parts`, and whether they were kept or had again.
+    def _at(self, at: StepEnd, checkpoint: Checkpoint) -> tuple[_At, bool]:
+        """Have a step in the layout of its equations; and whether its slopes were kept, or recomputed.
 
         Raises:
-            RuntimeError: if they can't be had again.
+            RuntimeError: if they can't be recomputed.
         """
-        solve, step, kept = self.solve, self.trajectory.steps[n], self.trajectory.kept[n]
-        if kept.stages is not None:
-            return slopes_from(kept, slope if step.slope_handed_on else None, solve), True
-        fields = solve.fields(self.field, stage_times, keywords, self._recomputed)
-        taken = solve.take(self.steps, fields, step.h, state, slope if step.slope_handed_on else None)
-        if bool(taken.failed.any()):
-            raise RuntimeError(
-                "symplectic_adjoint: Newton's method, which solved a step in the forward pass, does not in the "
-                f"backward pass ({taken.reason}): the vector field is not what it was"
-            )
-        return taken.parts, False
+        solve, step, times = self._solve, checkpoint.step, self._times[at.n]
+        keywords = checkpoint.method.stage_keywords(step)
+        first = at.slope if step.slope_handed_on else None
+        if checkpoint.stages is not None:
+            parts = slopes_from(checkpoint.stages[0], first, solve)
+        else:
+            fields = solve.fields(self._field, times, keywords, self._recomputed)
+            taken = solve.take(self._steps, fields, step.h, at.state, first)
+            if bool(taken.failed.any()):
+                raise RuntimeError(
+                    "symplectic_adjoint: Newton's method, which solved a step in the forward pass, does not in the "
+                    f"backward pass ({taken.reason}): the vector field is not what it was"
+                )
+            parts = taken.parts
+        x, moved = solve.layout.flat(at.state), self._steps.moved(parts)
+        ended = x + step.h * self._steps.rate(total(parts))
+        return _At(step, times, keywords, x, parts, x + step.h * moved, moved, ended), checkpoint.stages is not None
+
+    def _through_ends(self, at: StepEnd, this: _At, times: StepTimeCotangents | None) -> tuple[Tensor, Tensor]:
+        """Carry the outputs' cotangents through slopes that were evaluated for the outputs alone.
+
+        Those are, after the stages' slopes, the one at the step's start and the one at its end.
+
+        Returns:
+            The cotangents of the state at the end, all others included, and of the state at the start.
+        """
+        layout, dense, s = self._solve.layout, self._trajectory.method.dense, len(self._b)
+        cotangent, of_start = layout.flat(at.adjoint), torch.zeros_like(this.x)
+        if at.end > at.begin and dense.end_stage:
+            c_and_state = 1.0, this.ended
+            cotangent = cotangent + self._through(at, this, s + dense.start_stage, c_and_state, times)
+        if at.end > at.begin and dense.start_stage:
+            of_start = self._through(at, this, s, (0.0, this.x), times)
+        return cotangent, of_start
 
     def _through(
-        self,
-        i: int,
-        c: float,
-        stage_times: Sequence[Tensor],
-        keywords: Sequence[Mapping[str, Any]],
-        x: Tensor,
-        rate: Tensor,
-        h: float,
-        times: StepTimes | None,
+        self, at: StepEnd, this: _At, i: int, place: tuple[float, Tensor], times: StepTimeCotangents | None
     ) -> Tensor:
-        """The cotangent of an end of the step that acts through f there, of which the outputs make use."""
-        layout, field, want_time = self.solve.layout, self.field, times is not None
-        evaluation = field.differentiable(stage_times[i], layout.shaped(x), keywords[i], want_time, self.sums.stand_ins)
+        """Carry the outputs' cotangents through f at an end of the step: its time in units of the step, and state."""
+        layout, field, want_time, (c, x) = self._solve.layout, self._field, times is not None, place
+        over_h = layout.flat(self._outputs.on_slope(at, i))
+        shaped = layout.shaped(x)
+        evaluation = field.differentiable(this.times[i], shaped, this.keywords[i], want_time, self._sums.stand_ins)
         self._recomputed()
         if times is not None:
-            times.add_slope(i, layout.flat(evaluation.slope.detach()), rate)
+            times.add_slope(i, evaluation.slope.detach(), layout.shaped(over_h))
         field.report.vjps += 1
-        product, tau = field.vjp(evaluation, layout.shaped(h * rate), self.sums, want_time)
+        product, tau = field.vjp(evaluation, layout.shaped(this.step.h * over_h), self._sums, want_time)
         if times is not None:
             times.add_stage_time(c, tau)
         return torch.zeros_like(x) if product is None else layout.flat(product)
 
+    def _add_times(self, times: StepTimeCotangents, this: _At, rates: Tensor, back: StepAdjoint) -> None:
+        shaped, slopes, c = self._solve.layout.shaped, total(this.parts), self._trajectory.method.tableau.c.tolist()
+        for i, slope in enumerate(slopes):
+            times.add_slope(i, shaped(slope), shaped(rates[i]))
+            times.add_stage_time(c[i], back.times[i])
+        times.add_size((back.stages * this.moved).sum())
+
     def _recomputed(self) -> None:
-        self.field.report.recomputed += 1
+        self._field.report.recomputed += 1
 
-    def _compare_ends(self, x: Tensor, ended: Tensor) -> None:
-        """Note how far a step that was taken again ends from where the solve went on."""
-        if self.following is None:
-            return
+    def _compare_ends(self, this: _At, expected: Tensor) -> None:
+        """Note how far a recomputed step ends from where the solve went on."""
         norm = torch.linalg.vector_norm
-        expected = self.solve.layout.flat(self.following)
-        self._note(norm(ended - expected), norm(x) + norm(expected) + norm(ended - x))
+        self._note(norm(this.ended - expected), norm(this.x) + norm(expected) + norm(this.ended - this.x))
 
-    def _compare_slopes(
-        self, parts: Tensor, of_f: Adjoint, back: StepAdjoint, stages: Tensor, cotangents: Tensor, h: float
-    ) -> None:
-        """Note how far slopes that were kept are from what f is now, by what that would make of the loss.
+    def _compare_slopes(self, this: _At, of_f: Adjoint, back: StepAdjoint, cotangents: Tensor) -> None:
+        """Note how far slopes that were kept are from f's values now, by what the difference makes of the loss.
 
-        Not by the slopes themselves, whose rounding the stiffness magnifies; kappa has that taken off again.
+        Not by the slopes themselves, whose rounding the stiffness magnifies; in kappa that is taken off again.
         """
-        norm = torch.linalg.vector_norm
+        norm, h, stages, parts = torch.linalg.vector_norm, this.step.h, this.stages, this.parts
         off, size = zero(parts), cotangents * norm(stages[0])
         for (p, i), now in of_f.slopes.items():
             if p == 0:
@@ -199,16 +212,9 @@ class ImplicitStepBack:
         self._note(off.abs(), size)
 
     def _note(self, off: Tensor, size: Tensor) -> None:
-        self.worst_deviation = torch.fmax(self.worst_deviation, off / size)
+        self.deviation = torch.fmax(self.deviation, off / size)
 
 
-def slopes_to_keep(parts: Tensor, first_is_known: bool) -> list[Tensor]:
-    """What is kept of a step's slopes where stages are; the first one is left out where it is kept in any case."""
-    return [parts[:, 1:].clone() if first_is_known else parts]
-
-
-def slopes_from(kept: Kept, first: Tensor | None, solve: ImplicitSolve) -> Tensor:
-    """The slopes again."""
-    assert kept.stages is not None
-    parts = kept.stages[0]
-    return parts if first is None else torch.cat([solve.layout.flat(first)[None, None], parts], 1)
+def slopes_from(kept: Tensor, first: Tensor | None, solve: ImplicitSolve) -> Tensor:
+    """Join the slopes that are kept of a step with the first one, if that is kept by itself."""
+    return kept if first is None else torch.cat([solve.layout.flat(first)[None, None], kept], 1)

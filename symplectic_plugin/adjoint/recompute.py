@@ -1,8 +1,8 @@
-"""Taking the steps of a recorded solve again, without graphs or with that of one step."""
+"""Recomputing steps of a solve in the backward pass: their slopes, their graphs, or the state at their end."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,126 +10,120 @@ from torch import Tensor
 from ..field.cotangents import StandIns
 from ..field.random_numbers import GeneratorStates
 from ..field.vector_field import VectorField
-from ..methods.explicit import combined
+from ..methods.explicit import explicit_step
 from ..methods.tableau import ButcherTableau
-from ..record.kept import Graph, Kept
+from ..record.checkpoint import Checkpoint
+from ..record.method import Reevaluation, Step
 from ..record.stage_graphs import StageGraphs
-from ..record.step_graph import StepGraph
-from ..record.trajectory import TimesOfSteps, Trajectory
 
 
-class Retaker:
-    """Takes steps again.
+class StepEvaluations:
+    """f at the stages of one step of an explicit method, evaluated again.
 
     Args:
-        trajectory: the solve.
-        field: its vector field.
+        field: the vector field.
+        checkpoint: the step's.
+        times: times of its stages, scalar tensors.
     """
 
-    def __init__(self, trajectory: Trajectory, field: VectorField) -> None:
-        self.trajectory = trajectory
+    def __init__(self, field: VectorField, checkpoint: Checkpoint, times: Sequence[Tensor]) -> None:
         self.field = field
-        self.stage_times = TimesOfSteps(trajectory.steps, trajectory.stage_times)
+        self.step: Step = checkpoint.step
+        self.times = times
+        self.keywords = checkpoint.method.stage_keywords(checkpoint.step)
 
-    def take(
-        self, tableau: ButcherTableau, n: int, start: Tensor, slope: Tensor | None
+    def slopes(
+        self, tableau: ButcherTableau, start: Tensor, first_slope: Tensor | None
     ) -> tuple[list[Tensor | None], list[GeneratorStates | None]]:
-        """Take a step as far as the slopes that its stages are made of.
+        """Evaluate the slopes that the stages are made of, without graphs.
 
-        Where f draws random numbers, all evaluations are made in the order in which the host made them.
+        Where f draws random numbers, all evaluations are made, in the order in which the host made them.
 
         Args:
-            tableau: the method's, or that with one more stage.
-            n: which step.
-            start: the state at its start.
-            slope: its first slope, if it was handed on and is not to be evaluated again.
+            tableau: the method's coefficients, perhaps with one more stage for outputs.
+            start: state at the step's start.
+            first_slope: first slope, if it was handed on and is not to be evaluated again.
 
         Returns:
-            The slopes, None for those that no stage is made of; and where the random number generators were before
-            each evaluation, if f draws.
+            The slopes, None for those that no stage is made of; and the states of the random number generators before
+            each evaluation, None if f does not draw.
         """
-        field, step = self.field, self.trajectory.steps[n]
-        times, keywords = self.stage_times[n], self.trajectory.stage_keywords(step)
-        rows, later = tableau.numbers[0], tableau.later
+        field, draws_in_step = self.field, self.step.draws is not None
         draws: list[GeneratorStates | None] = [None] * tableau.stages
-        slopes: list[Tensor | None] = []
-        for i in range(tableau.stages):
-            if (before := step.draws_before(i)) is not None:
-                field.generators.set(before)
-            if step.draws is not None:
-                draws[i] = field.generators.states()
-            current = slope if i == 0 and step.slope_handed_on else None
-            if current is None and (later[i] or (step.draws is not None and i < tableau.stages - 1)):
-                current = field(times[i], combined(start, rows[i], slopes, step.h), keywords[i])
-                field.report.recomputed += 1
-            slopes.append(current)
-        return slopes, draws
+        given = first_slope if self.step.slope_handed_on else None
 
-    def graph(
-        self, n: int, start: Tensor, slope: Tensor | None, stand_ins: StandIns, by_stage: bool, want_time: bool
-    ) -> Graph:
-        """The graph of a step, made again.
+        def slope_at(i: int, stage: Tensor) -> Tensor | None:
+            self._set_generators(i)
+            if draws_in_step:
+                draws[i] = field.generators.states()
+            if not (tableau.later[i] or (draws_in_step and i < tableau.stages - 1)):
+                return None
+            field.report.recomputed += 1
+            return field(self.times[i], stage, self.keywords[i])
+
+        if given is not None:
+            self._set_generators(0)
+        return explicit_step(tableau, slope_at, start, self.step.h, given), draws
+
+    def graphs(
+        self,
+        tableau: ButcherTableau,
+        start: Tensor,
+        first_slope: Tensor | None,
+        stand_ins: StandIns,
+        *,
+        want_time: bool,
+    ) -> StageGraphs:
+        """Evaluate all slopes with their graphs.
 
         Args:
-            n: which step.
-            start: the state at its start.
-            slope: its first slope, if it was handed on and is not to be evaluated again.
-            stand_ins: what takes the place of dependencies in it.
-            by_stage: whether it is to be a graph for each evaluation.
-            want_time: whether the products with df/dt will be needed, of each evaluation.
+            tableau: the method's coefficients.
+            start: state at the step's start.
+            first_slope: first slope, if it was handed on and is not to be evaluated again.
+            stand_ins: leaves that take the place of dependencies.
+            want_time: whether the products with df/dt will be needed.
         """
-        field, tableau, step = self.field, self.trajectory.tableau, self.trajectory.steps[n]
-        times, keywords = self.stage_times[n], self.trajectory.stage_keywords(step)
-        if step.slope_handed_on and slope is None:
-            slope = field(times[0], start, keywords[0])
+        field = self.field
+        if self.step.slope_handed_on and first_slope is None:
             field.report.recomputed += 1
-        first = slope if step.slope_handed_on else None
-        graph: Graph
-        if by_stage:
-            graph = StageGraphs(field, start, first, want_time)
-        else:
-            graph = StepGraph(field, tableau, start, step.h, first)
-        graph.stand_ins = stand_ins
-        missing = slice(len(graph.slopes), tableau.stages)
-        at_once = self.trajectory.at_once
-        if (
-            at_once is not None
-            and isinstance(graph, StepGraph)
-            and at_once(graph, times[missing], keywords[missing], first is not None)
-        ):
-            field.report.recomputed += missing.stop - missing.start
-            return graph
-        for i in range(missing.start, missing.stop):
-            if (before := step.draws_before(i)) is not None:
-                field.generators.set(before)
-            if isinstance(graph, StepGraph):
-                with torch.enable_grad():
-                    graph.add_stage(times[i], None, keywords[i])
-            else:
-                graph.evaluate(times[i], combined(start, tableau.numbers[0][i], graph.slopes, step.h), keywords[i])
-            field.report.recomputed += 1
-        return graph
+            first_slope = field(self.times[0], start, self.keywords[0])
+        given = first_slope if self.step.slope_handed_on else None
+        graphs = StageGraphs(stand_ins, start, given)
 
-    def advance(self, kept: Kept, state: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Take a step from what is at its start to what is at its end, as the host did: the same to the last bit."""
-        return advance(self.trajectory, self.field, kept.step, state, slope)
+        def slope_at(i: int, stage: Tensor) -> Tensor:
+            self._set_generators(i)
+            field.report.recomputed += 1
+            return graphs.add(field.differentiable(self.times[i], stage, self.keywords[i], want_time, stand_ins))
+
+        explicit_step(tableau, slope_at, start, self.step.h, given)
+        return graphs
+
+    def _set_generators(self, i: int) -> None:
+        if (before := self.step.draws_before(i)) is not None:
+            self.field.generators.set(before)
 
 
 def advance(
-    trajectory: Trajectory, field: VectorField, n: int, state: Tensor, slope: Tensor | None
+    field: VectorField, checkpoint: Checkpoint, state: Tensor, slope: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Take step n from the state at its start, and the slope if it is handed on, to those at its end."""
-    step = trajectory.steps[n]
+    """Take a step again as the host did, with the same values to the last bit.
 
-    def evaluate(t: Tensor, x: Tensor, **keywords: Any) -> Tensor:
-        field.report.recomputed += 1
-        return field(t, x, keywords)
+    Args:
+        field: the vector field.
+        checkpoint: the step's.
+        state: state at the step's start.
+        slope: slope there, if it is handed on.
 
+    Returns:
+        The state at the step's end, and the slope there if it is handed on.
+    """
+    step, method, evaluate = checkpoint.step, checkpoint.method, Reevaluation(field)
     with torch.no_grad():
-        if trajectory.hands_on_slope and (slope is None or not step.slope_handed_on):
+        state, slope = state.detach(), None if slope is None else slope.detach()
+        if method.hands_on_slope and (slope is None or not step.slope_handed_on):
             if (before := step.draws_before(0)) is not None:
                 field.generators.set(before)
-            slope = evaluate(trajectory.stage_times([step])[0][0], state, **step.first_keywords)
+            slope = evaluate(method.stage_times([step])[0][0], state, **step.first_keywords)
         if step.draws is not None:
             field.generators.set(step.draws)
-        return trajectory.take_step(evaluate, step, state, slope)
+        return method.take_step(evaluate, step, state, slope)

@@ -1,7 +1,8 @@
-"""A recorded solve taken again with its whole graph, for derivatives of its gradient."""
+"""A recorded solve with the graph of every evaluation, for derivatives of its gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,21 +10,24 @@ from torch import Tensor
 
 from ..field.cotangents import StandIns
 from ..field.vector_field import VectorField
+from ..methods.explicit import explicit_step, weighted_sum
+from ..record.method import Step
 from ..record.trajectory import Trajectory
+from .times import SolveTimes
 
 
-class Times(NamedTuple):
-    """A solve's times, as functions of whatever they come from.
+class Replayed(NamedTuple):
+    """A replayed solve.
 
     Args:
-        starts: of each step's start, shape (N,).
-        sizes: of the steps, shape (N,).
-        outputs: of each output but the first, shape (M,).
+        outputs: shape (M + 1, *state).
+        end: the state at the end of the last step.
+        slopes: slopes of the last step.
     """
 
-    starts: Tensor
-    sizes: Tensor
     outputs: Tensor
+    end: Tensor
+    slopes: list[Tensor]
 
 
 def replay(
@@ -31,72 +35,85 @@ def replay(
     field: VectorField,
     stand_ins: StandIns,
     initial: Tensor,
-    times: Times,
+    times: SolveTimes,
     first_slope: Tensor | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A solve with the graph of every evaluation: full memory.
+) -> Replayed:
+    """Solve again over the recorded steps with the graph of every evaluation, at backpropagation's memory.
 
     Args:
         trajectory: the solve.
         field: its vector field.
-        stand_ins: what takes the place of dependencies.
+        stand_ins: leaves that take the place of dependencies.
         initial: the initial state.
-        times: the solve's times, of which the values are the trajectory's.
-        first_slope: the slope that was handed on to the first step, if one was.
-
-    Returns:
-        The outputs, shape (M + 1, *state); the state that it ends in; the slopes of its last step.
+        times: times of the solve with their histories. Values are the trajectory's.
+        first_slope: slope that was handed on to the first step, if one was.
 
     Raises:
-        RuntimeError: if its stages had to be solved for.
+        RuntimeError: if the stages had to be solved for.
     """
-    if trajectory.implicit is not None:
+    method = trajectory.method
+    if method.implicit is not None:
         raise RuntimeError(
             "symplectic_adjoint: there are no second derivatives (create_graph=True) with an implicit method: use "
             "an explicit one for those"
         )
-    x = initial
-    outputs = [x]
-    handed_on = first_slope
-    slopes: list[Tensor] = []
-    for n, step in enumerate(trajectory.steps):
+    x, handed_on = initial, first_slope
+    outputs, slopes = [x], list[Tensor]()
+    for n, checkpoint in enumerate(trajectory.checkpoints):
+        step = checkpoint.step
         # Values are those that the solve had, to the last bit; only their derivatives are taken from `times`.
-        start, size = times.starts[n] - times.starts[n].detach(), times.sizes[n] - times.sizes[n].detach()
-        h = step.h + size
+        moves = _zero_with_derivative(times.starts[n]), _zero_with_derivative(times.sizes[n])
         inside = [m for m, (place, _) in enumerate(trajectory.outputs) if place == n]
-        end_stage = trajectory.dense.end_stage and bool(inside)
-        tableau = trajectory.tableau.with_end_stage() if end_stage else trajectory.tableau
-        stage_times = trajectory.stage_times([step])[0]
-        keywords = trajectory.stage_keywords(step)
-        slopes = []
-        for i in range(tableau.stages):
-            if (draw := step.draws_before(i)) is not None:
-                field.generators.set(draw)
-            if i == 0 and step.slope_handed_on:
-                assert handed_on is not None
-                slopes.append(handed_on)
-                continue
-            stage = x + h * _combined(tableau.a[i, :i], slopes) if i else x
-            t = stage_times[i] + (start + float(tableau.c[i]) * size).to(stage_times[i].dtype)
-            slopes.append(field.evaluate(t, stage, keywords[i], stand_ins))
+        tableau = method.tableau.with_end_stage() if method.dense.end_stage and inside else method.tableau
+        slope_at = _slope_at(trajectory, field, stand_ins, step, moves)
+        h = step.h + moves[1]
+        slopes = explicit_step(tableau, slope_at, x, h, handed_on if step.slope_handed_on else None)
         if inside:
-            theta = torch.stack(
-                [trajectory.outputs[m][1] + _shift((times.outputs[m] - step.t0 - start) / h) for m in inside]
-            )
-            weights = trajectory.dense.weights(theta.cpu().double())
-            outputs += [x + h * _combined(row, slopes) for row in weights]
-        x = x + h * _combined(tableau.b, slopes)
-        handed_on = slopes[trajectory.tableau.stages - 1]
+            thetas = [
+                trajectory.outputs[m][1] + _zero_with_derivative((times.outputs[m] - step.t0 - moves[0]) / h)
+                for m in inside
+            ]
+            weights = method.dense.weights(torch.stack(thetas).cpu().double())
+            outputs += [_interpolated(x, row, slopes, h) for row in weights]
+        x = weighted_sum(x, tableau.numbers[1], slopes, h)
+        handed_on = slopes[method.tableau.stages - 1]
     outputs += [initial] * (len(trajectory.outputs) + 1 - len(outputs))  # an event that is met at once
-    return torch.stack(outputs), x, slopes
+    return Replayed(torch.stack(outputs), x, slopes)
 
 
-def _combined(weights: Tensor, slopes: list[Tensor]) -> Tensor:
-    """The weighted sum of slopes."""
-    weights = weights.to(slopes[0])
-    return sum((w * k for w, k in zip(weights, slopes, strict=True)), torch.zeros_like(slopes[0]))
+def slope_at_start(
+    trajectory: Trajectory, field: VectorField, stand_ins: StandIns, initial: Tensor, times: SolveTimes
+) -> Tensor:
+    """Return f at the start of the first step with its graph, where the slope there was handed on and is not kept.
+
+    Args:
+        trajectory, field, stand_ins, initial, times: as for `replay`.
+    """
+    moves = _zero_with_derivative(times.starts[0]), _zero_with_derivative(times.sizes[0])
+    return _slope_at(trajectory, field, stand_ins, trajectory.checkpoints[0].step, moves)(0, initial)
 
 
-def _shift(value: Tensor) -> Tensor:
-    """Zero, with the derivative of a value."""
+def _slope_at(
+    trajectory: Trajectory, field: VectorField, stand_ins: StandIns, step: Step, moves: tuple[Tensor, Tensor]
+) -> Callable[[int, Tensor], Tensor]:
+    """Return f at the stages of a step, whose start and size have the derivatives of `moves`."""
+    c = trajectory.method.dense.times(trajectory.method.tableau.c).tolist()
+    times, keywords = trajectory.method.stage_times([step])[0], trajectory.method.stage_keywords(step)
+
+    def slope_at(i: int, stage: Tensor) -> Tensor:
+        if (before := step.draws_before(i)) is not None:
+            field.generators.set(before)
+        t = times[i] + (moves[0] + c[i] * moves[1]).to(times[i].dtype).reshape(times[i].shape)
+        return field.evaluate(t, stage, keywords[i], stand_ins)
+
+    return slope_at
+
+
+def _interpolated(x: Tensor, weights: Tensor, slopes: list[Tensor], h: Tensor) -> Tensor:
+    weights = (h * weights).to(slopes[0])
+    return sum((w * k for w, k in zip(weights, slopes, strict=True)), x)
+
+
+def _zero_with_derivative(value: Tensor) -> Tensor:
+    """Return zero, with the derivative of a value."""
     return value - value.detach()

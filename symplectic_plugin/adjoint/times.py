@@ -1,7 +1,8 @@
-"""The cotangents of a solve's times: of its steps' starts and sizes, and of its outputs."""
+"""The times of a solve and their cotangents: of its steps' starts and sizes, and of its outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TimeCotangents:
-    """Cotangents of a solve's times.
+class SolveTimes:
+    """The times of a solve, or their cotangents.
 
     Args:
-        starts: of each step's start t_n, its size held, shape (N,).
-        sizes: of each step's size h, its start held, shape (N,).
-        outputs: of the time of each output but the first, shape (M,).
+        starts: starts t_n of the steps (cotangents: the sizes held), shape (N,).
+        sizes: sizes h of the steps (cotangents: the starts held), shape (N,).
+        outputs: times of the outputs but the first, shape (M,).
     """
 
     starts: Tensor
@@ -23,59 +24,79 @@ class TimeCotangents:
     outputs: Tensor
 
 
-class StepTimes:
+class StepTimeCotangents:
     """The cotangents of one step's times, in the making.
 
     With tau_i the cotangent of stage i's time: that of the start is sum_i tau_i and that of the size
-    sum_i <k_i, rate_i> + sum_i c_i tau_i, with rate_i = kappa_i / h less what comes from outside the step. An output at
-    theta in the step has the cotangent <g, dx/dtheta> / h, and takes it, and theta times it, from the two.
+    sum_i <k_i, dL/dk_i / h> + sum_i c_i tau_i, without the share of dL/dk_i that comes from outside the step. An output
+    at theta in the step has the cotangent <g, dx/dtheta> / h, and takes it, and theta times it, from the two.
+
+    Args:
+        outputs: cotangents of the outputs in the step, shape (m, *state).
+        thetas: their places, m numbers.
+        derivatives: derivatives of the interpolant's weights at the places, shape (m, s).
+
+    Attributes:
+        start, size: cotangents of the step's start and size, scalars.
+        outputs: cotangents of the outputs' times, m scalars.
     """
 
-    def __init__(self, given: Tensor, theta: Tensor, derivatives: Tensor, begin: int, end: int) -> None:
-        self.given = given
-        self.theta = theta[begin:end].tolist()
-        self.derivatives = derivatives[begin:end].tolist()
-        self.start = self.size = zero(given)
-        self.outputs = [self.start] * len(self.theta)
+    def __init__(self, outputs: Tensor, thetas: Sequence[float], derivatives: Tensor) -> None:
+        self._outputs = outputs
+        self._thetas = thetas
+        self._derivatives = derivatives.tolist()
+        self.start = self.size = zero(outputs)
+        self.outputs = [self.start] * len(thetas)
 
     def needs_slope(self, i: int) -> bool:
-        """Whether slope i matters to the outputs' times, if to nothing else."""
-        return any(row[i] != 0 for row in self.derivatives)
+        """Return whether slope i acts on the outputs' times."""
+        return any(row[i] != 0 for row in self._derivatives)
 
-    def add_slope(self, i: int, slope: Tensor, rate: Tensor | None) -> None:
-        """Add what acts through slope i, whose cotangent, without phi, is rate times the step's size."""
-        if rate is not None:
-            self.size = self.size + inner(rate, slope)
-        for m, (theta, row) in enumerate(zip(self.theta, self.derivatives, strict=True)):
+    def add_slope(self, i: int, slope: Tensor, cotangent_over_h: Tensor | None) -> None:
+        """Add what acts through slope i.
+
+        Args:
+            i: the stage.
+            slope: k_i.
+            cotangent_over_h: dL/dk_i / h without the share from outside the step, None for zero.
+        """
+        if cotangent_over_h is not None:
+            self.size = self.size + inner(cotangent_over_h, slope)
+        for m, (theta, row) in enumerate(zip(self._thetas, self._derivatives, strict=True)):
             if row[i] != 0:
-                moved = row[i] * inner(self.given[m], slope)
+                moved = row[i] * inner(self._outputs[m], slope)
                 self.outputs[m] = self.outputs[m] + moved
                 self.start = self.start - moved
                 self.size = self.size - theta * moved
 
+    def add_size(self, cotangent: Tensor) -> None:
+        """Add a cotangent of the step's size."""
+        self.size = self.size + cotangent
+
     def add_stage_time(self, c: float, tau: Tensor | None) -> None:
-        """Add the cotangent of the time of a stage at c."""
+        """Add the cotangent of the time of a stage at c, None for zero."""
         if tau is not None:
             self.start = self.start + tau
             self.size = self.size + c * tau
 
 
-def gathered(times: list[StepTimes], like: Tensor) -> TimeCotangents:
+def gathered(steps: Sequence[StepTimeCotangents], like: Tensor) -> SolveTimes:
+    """Gather the cotangents of the steps' times, in order, in the precision of a state."""
     empty = zero(like).new_zeros(0)
-    outputs = [output for step in times for output in step.outputs]
-    return TimeCotangents(
-        torch.stack([step.start for step in times]) if times else empty,
-        torch.stack([step.size for step in times]) if times else empty,
+    outputs = [output for step in steps for output in step.outputs]
+    return SolveTimes(
+        torch.stack([step.start for step in steps]) if steps else empty,
+        torch.stack([step.size for step in steps]) if steps else empty,
         torch.stack(outputs) if outputs else empty,
     )
 
 
 def zero(like: Tensor) -> Tensor:
-    """A real zero in a state's precision."""
+    """Return a real zero in a state's precision, on its device."""
     return torch.zeros((), dtype=torch.empty(0, dtype=like.dtype).abs().dtype, device=like.device)
 
 
 def inner(cotangent: Tensor, vector: Tensor) -> Tensor:
-    """The change of the loss per unit of the vector: autograd's gradient of a complex tensor is the conjugate one."""
+    """Return the change of the loss per unit of the vector: autograd's gradient of a complex tensor is conjugate."""
     cotangent, vector = cotangent.flatten(), vector.flatten().to(cotangent.dtype)
     return torch.vdot(cotangent, vector).real if cotangent.is_complex() else torch.dot(cotangent, vector)

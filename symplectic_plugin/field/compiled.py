@@ -1,4 +1,4 @@
-"""torch.compile: a vector field compiled by it, evaluated as it is where that fails; and what it is to leave alone."""
+"""torch.compile: a compiled vector field with its plain function as the fallback, and code that Dynamo leaves alone."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 _programs: weakref.WeakKeyDictionary[Any, dict[str, Callable[..., Any]]] = weakref.WeakKeyDictionary()
-"""What torch.compile made, by the code or the class of a user's function, and what is made of it."""
+"""Compiled functions, by the code object or class of the user's function, then by the options of compilation."""
 
 _numbers = itertools.count()
 
-_as_it_is: ContextVar[bool] = ContextVar("symplectic_adjoint: functions are evaluated as they are", default=False)
+_not_now: ContextVar[bool] = ContextVar("symplectic_adjoint: compiled functions call the plain ones", default=False)
+
+_COUNTERS = "allow_unspec_int_on_nn_module"
+"""Option of Dynamo: a module that counts its evaluations is not compiled anew for each number. Not in torch 2.5."""
 
 
-class Compiled:
-    """A function, compiled.
+class CompiledFunction:
+    """A function or module, compiled; its plain self, with a warning, once compilation has failed.
 
     Args:
         function: the function or module.
         how: True; a mode of torch.compile, as "reduce-overhead", with which a GPU replays CUDA graphs; or a dictionary
-            of its keyword arguments.
+            of torch.compile's keyword arguments.
 
     Attributes:
         is_compiled: whether compilation has not failed.
@@ -49,99 +52,88 @@ class Compiled:
         self.function = function
         self.is_compiled = True
         self._options = {"mode": how} if isinstance(how, str) else {} if how is True else dict(how)
-        self._key = repr(sorted(self._options.items()))
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        if torch.compiler.is_compiling() or _as_it_is.get() or not self.is_compiled:
+        if torch.compiler.is_compiling() or _not_now.get() or not self.is_compiled:
             return self.function(*args, **keywords)
-        return self.run("", lambda: _evaluate, self.function, *args, **keywords)
-
-    def run(self, key: str, make: Callable[[], Callable[..., Any]], *args: Any, **keywords: Any) -> Any:
-        """Call a function in which this one is called, compiled; or as it is, with a warning, if that fails.
-
-        Args:
-            key: tells it from other such functions.
-            make: returns it. It is called with all else.
-        """
-        # torch.compile makes few programs of one piece of code, and keeps them as long as that; and calling it takes a
-        # millisecond.
-        given: Any = self.function
-        programs = _programs.setdefault(getattr(given, "__code__", type(given)), {})
-        key += self._key
-        if key not in programs:
-            function = make()
-            code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-            copy = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
-            programs[key] = torch.compile(copy, **self._options)
         try:
-            with _counters():
-                result = programs[key](*args, **keywords)
-            # What CUDA graphs return is theirs, and overwritten when they run again.
-            return tree_map_only(Tensor, _own, result) if torch.cuda.is_initialized() else result
+            with _counters_do_not_recompile():
+                result = self._program()(self.function, *args, **keywords)
+            # Results of CUDA graphs are overwritten when the graphs run again.
+            return tree_map_only(Tensor, _clone_on_gpu, result) if torch.cuda.is_initialized() else result
         except Exception as error:
-            with evaluated_as_it_is():
-                result = make()(*args, **keywords)
-            # If that raises too, it is not to do with compilation.
+            result = self.function(*args, **keywords)
+            # An exception that the plain function does not raise is compilation's.
             reason = " ".join(str(error).split("\n")[:2]).strip()
             self.give_up(f"torch.compile failed: {type(error).__name__}: {reason}")
             return result
 
     def give_up(self, why: str) -> None:
-        """Evaluate the function as it is from now on, with a warning that says why."""
+        """Call the plain function from now on, and warn with the reason."""
         self.is_compiled = False
         warnings.warn(f"symplectic_adjoint: the vector field is evaluated as it is, not compiled: {why}", stacklevel=4)
 
+    def _program(self) -> Callable[..., Any]:
+        """Look up or make the compiled function.
 
-def _evaluate(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        Each user's function gets a code object of its own: torch.compile makes few programs for one, and keeps them
+        as long as the code object lives.
+        """
+        programs = _programs.setdefault(getattr(self.function, "__code__", type(self.function)), {})
+        key = repr(sorted(self._options.items()))
+        if key not in programs:
+            code = _call.__code__.replace(co_name=f"{_call.__name__}_{next(_numbers)}")
+            copy = types.FunctionType(code, _call.__globals__, code.co_name)
+            programs[key] = torch.compile(copy, **self._options)
+        return programs[key]
+
+
+def _call(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
     return function(*args, **keywords)
 
 
-class _counters:  # noqa: N801
-    """A context in which a module that counts its evaluations is not compiled anew for each number."""
-
-    def __enter__(self) -> None:
-        self.before = getattr(torch._dynamo.config, _COUNTERS, None)  # torch 2.5 has no such option
-        if self.before is False:
-            setattr(torch._dynamo.config, _COUNTERS, True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is False:
-            setattr(torch._dynamo.config, _COUNTERS, False)
-
-
-_COUNTERS = "allow_unspec_int_on_nn_module"
-
-
-def _own(tensor: Tensor) -> Tensor:
+def _clone_on_gpu(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_cuda else tensor
 
 
 @contextlib.contextmanager
-def evaluated_as_it_is() -> Iterator[None]:
-    """A context in which what is compiled is evaluated as if it were not."""
-    token = _as_it_is.set(True)
+def _counters_do_not_recompile() -> Iterator[None]:
+    before = getattr(torch._dynamo.config, _COUNTERS, None)
+    if before is not False:
+        yield
+        return
+    setattr(torch._dynamo.config, _COUNTERS, True)
     try:
         yield
     finally:
-        _as_it_is.reset(token)
+        setattr(torch._dynamo.config, _COUNTERS, False)
+
+
+@contextlib.contextmanager
+def without_compilation() -> Iterator[None]:
+    """Have compiled functions call the plain ones, in this thread."""
+    token = _not_now.set(True)
+    try:
+        yield
+    finally:
+        _not_now.reset(token)
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def not_compiled(method: _Method) -> _Method:
-    """Have torch.compile, if it compiles what calls this, leave this alone: its control flow depends on data."""
-
-    left_alone: Callable[..., Any] | None = None
+    """Keep a method out of a torch.compile around its caller: the method's control flow depends on data."""
+    disabled: Callable[..., Any] | None = None
 
     @functools.wraps(method)
     def wrapped(*args: Any, **keywords: Any) -> Any:
-        nonlocal left_alone
-        if left_alone is None:
-            dynamo = sys.modules.get("torch._dynamo")  # not imported for this: it takes seconds
+        nonlocal disabled
+        if disabled is None:
+            dynamo = sys.modules.get("torch._dynamo")  # importing Dynamo takes seconds
             if dynamo is None:
                 return method(*args, **keywords)
-            left_alone = dynamo.disable(method)
-        return left_alone(*args, **keywords)
+            disabled = dynamo.disable(method)
+        return disabled(*args, **keywords)
 
     return wrapped  # type: ignore[return-value]

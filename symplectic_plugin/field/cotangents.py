@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from ._torch_compat import has_hooks
 from .graphs import depends_on_another, edge_of
-from .held import has_hooks
 
 
 class StandIns:

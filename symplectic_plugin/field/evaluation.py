@@ -1,34 +1,31 @@
-"""One evaluation of the vector field, or those of a step at once, with the graph."""
+"""One evaluation of the vector field, with its autograd graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .graphs import has_storage, nodes_between, saved_storages
+from .graphs import has_storage, saved_storages
 
 Keywords = Mapping[str, Any]
-
-Kind = tuple[int, int]
-"""How many nodes an evaluation made in this thread; and how many evaluations they are of, if a program made them."""
 
 
 @dataclass(slots=True, eq=False)
 class Evaluation:
-    """One evaluation of f, or several that a program made at once, with the graph.
+    """One evaluation of f with its graph.
 
     Args:
-        leaf: the state, where the graph ends, or where that of the state begins.
-        time: the time, where the graph ends if a gradient of times is wanted.
-        argument: the state as f was handed it.
-        keywords: what else f was handed.
-        slope: what it returned, the latest one.
-        others: what else is kept with it.
-        at_once: how many a program made; 0 for one that none made.
+        leaf: the state, in which the graph ends.
+        time: the time, in which the graph ends too if a gradient of times is wanted.
+        argument: the state as f was handed it, a view of the leaf.
+        keywords: further arguments that f was handed.
+        slope: the value that f returned, in the shape of the state.
+        nodes: number of autograd nodes that the evaluation made in this thread. Evaluations with the same number are
+            taken to be of the same size.
     """
 
     leaf: Tensor
@@ -36,41 +33,43 @@ class Evaluation:
     argument: Tensor
     keywords: Keywords
     slope: Tensor
-    others: Sequence[Tensor] = ()
-    at_once: int = 0
-
-    @property
-    def kind(self) -> Kind:
-        """Those of a kind are taken to be as large."""
-        return nodes_between(self.argument, self.slope), self.at_once
+    nodes: int = 0
 
     def storages(self, behind: Iterable[Any] = ()) -> dict[int, int]:
-        """The memory that it holds: the size in bytes of each storage, by its address.
+        """Find the memory that the evaluation holds.
 
         Args:
-            behind: nodes of the graph that are not its own.
+            behind: autograd nodes at which the graph of something else begins.
+
+        Returns:
+            The size in bytes of each storage, by its address.
         """
         storages = saved_storages(self.slope, (self.argument.grad_fn, *behind))
-        for tensor in (self.slope, *self.others):
-            if has_storage(tensor):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        if has_storage(self.leaf):  # it may be a view of something larger, which is there anyway
+        if has_storage(self.slope):
+            storages[self.slope.untyped_storage().data_ptr()] = self.slope.untyped_storage().nbytes()
+        if has_storage(self.leaf):  # the leaf may be a view of something larger, which is there anyway
             storages[self.leaf.untyped_storage().data_ptr()] = self.leaf.numel() * self.leaf.element_size()
         return storages
 
 
 def require_slope(slope: Any, x: Tensor) -> Tensor:
-    """What is to be a slope at state x.
+    """Require a slope to be a tensor of numbers in the shape of the state.
+
+    Args:
+        slope: the value that f returned.
+        x: the state that f was handed.
 
     Raises:
-        ValueError: if it is not a tensor of numbers of the state's shape.
+        ValueError: if it is anything else.
     """
-    if isinstance(slope, Tensor) and slope.dtype is torch.bool:
-        raise ValueError("symplectic_adjoint: the vector field must return numbers, got booleans: convert them")
+    if isinstance(slope, Tensor) and slope.dtype.is_floating_point and slope.shape == x.shape:
+        return slope
     if not isinstance(slope, Tensor) or slope.shape != x.shape:
         got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
         raise ValueError(
             f"symplectic_adjoint: the vector field must return a tensor of the state's shape {tuple(x.shape)}, "
             f"got {got}"
         )
+    if slope.dtype is torch.bool:
+        raise ValueError("symplectic_adjoint: the vector field must return numbers, got booleans: convert them")
     return slope

@@ -1,43 +1,52 @@
-"""Walks through autograd's graphs: where one ends, what is behind a tensor, how much memory one holds."""
+"""Walks through autograd's graphs: where a graph ends, what is behind a tensor, how much memory a graph holds.
+
+A walk makes Python see the nodes that it visits, and nodes that Python has seen are freed recursively. So no walk may
+visit a number of nodes that grows with the number of steps: walks stay within one evaluation of f.
+"""
 
 from __future__ import annotations
 
 import heapq
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._torch_compat import AccumulateGrad, has_storage
+
 Edge = tuple[Any, int]
-"""A tensor's place in the autograd graph: the node that made it, and which of the node's outputs it is."""
+"""A tensor's place in the autograd graph: the node that made the tensor, and which of the node's outputs it is."""
+
+SOLVE_NODE = "SymplecticAdjointSolve"
+"""Beginning of the names of the autograd nodes of solves."""
+
+_IS_SOLVE = "symplectic_adjoint: end of a solve"
+_marked_types: set[type] = set()
 
 
 def edge_of(tensor: Tensor) -> Edge:
-    """The edge of a tensor with a history."""
+    """Return the edge of a tensor with a history."""
     return tensor.grad_fn, tensor.output_nr
 
 
 def accumulator(leaf: Tensor) -> Any:
-    """The node at which graphs end in a leaf. It is the same one as long as somebody holds it."""
+    """Return the node at which graphs end in a leaf: the same node as long as somebody holds it."""
     with torch.enable_grad():
         return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
-_Accumulator: Any = type(accumulator(torch.zeros((), requires_grad=True)))
-
-
 @dataclass
 class GraphInputs:
-    """Where a value's graph ends.
+    """What a graph ends in.
 
     Attributes:
         leaves: leaf tensors.
         edges: edges that the walk was told to stop at.
-        older: nodes that are older than the evaluation.
+        older: nodes made before the evaluation, or by another thread.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
@@ -45,20 +54,20 @@ class GraphInputs:
     older: list[Any] = field(default_factory=list)
 
 
-def graph_inputs(values: Sequence[Tensor], start: Any, stops: Set[Edge], known: Iterable[Any] = ()) -> GraphInputs:
-    """Walk the graph that evaluations of f made, back to what it depends on.
+def graph_inputs(value: Tensor, start: Any, stops: Set[Edge], known: Iterable[Any] = ()) -> GraphInputs:
+    """Walk the graph that an evaluation of f made, back to its inputs.
 
     Args:
-        values: what they returned, or what was made of that.
-        start: a node made just before: nodes with smaller numbers are not f's, or another thread's.
+        value: the value that f returned, with a history.
+        start: the node of f's argument, made just before: nodes with smaller numbers are not the evaluation's.
         stops: edges not to look behind.
         known: nodes to be passed over.
     """
     found = GraphInputs()
     first = start._sequence_nr()
     seen = {start, None, *known}
-    level: list[Edge] = [edge_of(value) for value in values]
-    # Level by level, and with no more work for a node than needed: this is done for each backward pass through f.
+    level: list[Edge] = [edge_of(value)]
+    # Level by level, and with no more work for a node than needed: each backward pass through f walks.
     while level:
         following: list[Edge] = []
         for edge in level:
@@ -67,7 +76,7 @@ def graph_inputs(values: Sequence[Tensor], start: Any, stops: Set[Edge], known: 
                 found.edges.add(edge)
             elif node not in seen:
                 seen.add(node)
-                if type(node) is _Accumulator:
+                if type(node) is AccumulateGrad:
                     found.leaves.append(node.variable)
                 elif node._sequence_nr() < first:
                     found.older.append(node)
@@ -77,39 +86,30 @@ def graph_inputs(values: Sequence[Tensor], start: Any, stops: Set[Edge], known: 
     return found
 
 
-def vjp(
-    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], keep_graph: bool
-) -> tuple[Tensor | None, ...]:
-    """The product of cotangents with a graph's Jacobians in its inputs, None for those that it does not lead to.
-
-    As `torch.autograd.grad` gives it, less its checks of arguments, whose time shows where the network is small.
-    """
-    engine = torch.autograd.Variable._execution_engine
-    return engine.run_backward(
-        tuple(outputs), tuple(cotangents), keep_graph, False, tuple(inputs),
-        allow_unreachable=True, accumulate_grad=False,
-    )  # fmt: skip
-
-
 def in_type_of(output: Tensor, cotangent: Tensor) -> Tensor:
-    """A cotangent in the dtype of what it is the cotangent of: of its real part, if that is real."""
+    """Convert a cotangent to the dtype of its output; to the real part, if the output is real."""
+    if cotangent.dtype is output.dtype:
+        return cotangent
     if cotangent.is_complex() and not output.is_complex():
         cotangent = cotangent.real
     return cotangent.to(output.dtype)
 
 
 def referenced(leaves: list[Tensor]) -> list[Tensor]:
-    """Those leaves that somebody else refers to: f may make leaves of its own, `x.detach().requires_grad_()`."""
-    # The list, the loop's variable and the function's argument.
+    """Select the leaves that others refer to, not those that f made for itself (`x.detach().requires_grad_()`)."""
+    # Three references are the list's, the loop variable's and the function argument's.
     return [leaf for leaf in leaves if sys.getrefcount(leaf) > 3]
 
 
 def history(tensor: Tensor, stops: Iterable[Any] = ()) -> Iterator[tuple[Any, Tensor | None, tuple[Edge, ...]]]:
-    """The nodes behind a tensor: each node, the leaf that it accumulates into, and the edges that it leads to.
+    """Walk the nodes behind a tensor.
 
     Args:
         tensor: the tensor.
         stops: nodes not to look at, nor behind.
+
+    Yields:
+        Each node, the leaf that the node accumulates into (or None), and the edges that lead on.
     """
     seen: set[Any] = set(stops)
     stack: list[Any] = [tensor.grad_fn]
@@ -118,24 +118,18 @@ def history(tensor: Tensor, stops: Iterable[Any] = ()) -> Iterator[tuple[Any, Te
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = node.variable if type(node) is _Accumulator else None
+        leaf = node.variable if type(node) is AccumulateGrad else None
         yield node, leaf, node.next_functions
         stack.extend(following for following, _ in node.next_functions)
 
 
-def nodes_between(start: Tensor, end: Tensor) -> int:
-    """How many nodes were made in this thread from one that made a tensor to the one that made another."""
-    first, last = start.grad_fn, end.grad_fn
-    return 0 if first is None or last is None else last._sequence_nr() - first._sequence_nr()
-
-
 def is_alive(tensor: Tensor) -> bool:
-    """Whether a tensor's history can still be gone back through: it was not freed by a backward pass, and is no solve.
+    """Return whether a tensor's history can be gone back through: not freed by a backward pass, and no solve's.
 
-    (A model that keeps its last solution must not have it become a dependency of the next one.)
+    A model that keeps its last solution must not have that become a dependency of the next solve.
     """
     for node, leaf, _ in history(tensor):
-        if node.name().startswith("_Recorded") or (type(node) in _solve_ends and _IS_SOLVE in node.metadata):
+        if node.name().startswith(SOLVE_NODE) or (type(node) in _marked_types and _IS_SOLVE in node.metadata):
             return False
         if leaf is None:
             try:
@@ -146,18 +140,14 @@ def is_alive(tensor: Tensor) -> bool:
 
 
 def mark_as_solve(solution: Tensor) -> None:
-    """Have the history of a solve's solution known for what it is."""
+    """Mark a tensor with a history as one that a solve returned, for `is_alive`."""
     node: Any = solution.grad_fn
-    _solve_ends.add(type(node))
+    _marked_types.add(type(node))
     node.metadata[_IS_SOLVE] = True
 
 
-_IS_SOLVE = "symplectic_adjoint: end of a solve"
-_solve_ends: set[type] = set()
-
-
 def depends_on_another(tensor: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether a tensor's history leads to one of the others."""
+    """Return whether a tensor's history leads to one of the others."""
     leaves = {id(other) for other in others if other.is_leaf}
     edges = {edge_of(other) for other in others if not other.is_leaf and other is not tensor}
     return any(
@@ -167,21 +157,24 @@ def depends_on_another(tensor: Tensor, others: Iterable[Tensor]) -> bool:
 
 
 def saved_storages(value: Tensor, stops: Iterable[Any] = ()) -> dict[int, int]:
-    """What a value's graph keeps for its backward pass: the size in bytes of each storage, by its address.
+    """Find the memory that a value's graph keeps for its backward pass.
 
     Args:
         value: the tensor.
         stops: nodes not to look at, nor behind.
+
+    Returns:
+        The size in bytes of each storage, by its address.
     """
     storages: dict[int, int] = {}
-    if value.grad_fn is None:
+    if not value.requires_grad or value.is_leaf:
         return storages
     for node, leaf, _ in history(value, stops):
         if leaf is not None:
             continue
         try:
             saved = _saved(node)
-        except RuntimeError:  # changed in place, and so of no use: autograd will say so if it is gone back through
+        except RuntimeError:  # changed in place: autograd will say so if the node is gone back through
             continue
         for tensor in _tensors(saved):
             if has_storage(tensor):
@@ -192,18 +185,13 @@ def saved_storages(value: Tensor, stops: Iterable[Any] = ()) -> dict[int, int]:
     return storages
 
 
-def has_storage(tensor: Tensor) -> bool:
-    """Whether there is memory behind a tensor: not so for sparse ones, nor for the zeros that stand for tangents."""
-    return tensor.layout is torch.strided and not tensor._is_zerotensor()
-
-
 def cotangent_bytes(value: Tensor, stops: Iterable[Any] = ()) -> int:
-    """The most bytes of cotangents that a backward pass through a value's graph holds at one time, but for the leaves'.
+    """Compute the most bytes of cotangents that a backward pass through a graph holds at one time, leaves' excluded.
 
-    As autograd goes through it: the latest node first, each with the sum of what has come to it so far.
+    The order is autograd's: the latest node first, each with the sum of the cotangents that have come to it so far.
 
     Args:
-        value: the tensor.
+        value: the tensor that the backward pass starts from.
         stops: nodes not to look at, nor behind.
     """
     if value.grad_fn is None:
@@ -215,14 +203,11 @@ def cotangent_bytes(value: Tensor, stops: Iterable[Any] = ()) -> int:
     while order:
         _, _, node = heapq.heappop(order)
         own = pending.pop(node)
-        given = []
-        for following, i in node.next_functions:
-            if following is None or following in stops or type(following) is _Accumulator:
-                continue
-            metadata = following._input_metadata[i]
-            # A nested tensor's shape is no tuple of numbers.
-            numel = 0 if metadata.is_nested_tensor else math.prod(metadata.shape)
-            given.append((following, i, numel * metadata.dtype.itemsize))
+        given = [
+            (following, i, _metadata_bytes(following._input_metadata[i]))
+            for following, i in node.next_functions
+            if following is not None and following not in stops and type(following) is not AccumulateGrad
+        ]
         most = max(most, held + sum(size for *_, size in given))
         held -= sum(own.values())
         for following, i, size in given:
@@ -235,11 +220,16 @@ def cotangent_bytes(value: Tensor, stops: Iterable[Any] = ()) -> int:
     return most
 
 
+def _metadata_bytes(metadata: Any) -> int:
+    # A nested tensor's shape is no tuple of numbers.
+    return 0 if metadata.is_nested_tensor else math.prod(metadata.shape) * metadata.dtype.itemsize
+
+
 def _saved(node: Any) -> list[Any]:
-    """What a node has saved.
+    """Return what a node has saved.
 
     Raises:
-        RuntimeError: if a backward pass has freed it.
+        RuntimeError: if a backward pass has freed the node.
     """
     names = _saved_names.get(type(node))
     if names is None:

@@ -22,12 +22,6 @@ _NO_PART_OF_A_FIELD = ("torch.optim", "torch.utils.data", "lightning", "pytorch_
 """Where the classes are from of objects that are not looked into: a model may hold its trainer."""
 
 
-def has_hooks(tensor: Tensor) -> bool:
-    """Whether differentiating with respect to a tensor runs somebody's code, or fills its `.grad`."""
-    hooks = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
-    return any(hooks) or (not tensor.is_leaf and tensor.retains_grad)
-
-
 class Held:
     """What a callable holds in closures, attributes, containers, and globals that its code names.
 

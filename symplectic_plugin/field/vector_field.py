@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch_compat import has_hooks, has_storage, run_backward, sequence_number
 from .autocast import Autocast
-from .compiled import Compiled, evaluated_as_it_is
+from .compiled import CompiledFunction, without_compilation
 from .cotangents import CotangentSums, StandIns
 from .evaluation import Evaluation, Keywords, require_slope
 from .graphs import (
@@ -20,16 +21,13 @@ from .graphs import (
     cotangent_bytes,
     edge_of,
     graph_inputs,
-    has_storage,
     in_type_of,
     is_alive,
     referenced,
-    vjp,
 )
-from .held import Held, has_hooks
+from .held import Held
 from .random_numbers import Generators
 from .report import SolveReport
-from .step_program import StepProgram, TakenStep
 
 _NOTHING_HELD = Held(None)
 
@@ -63,7 +61,7 @@ class VectorField:
         report: SolveReport,
         named: Sequence[Tensor] = (),
         only: bool = False,
-        compiled: Compiled | None = None,
+        compiled: CompiledFunction | None = None,
     ) -> None:
         self.function = function
         self.compiled = compiled
@@ -110,16 +108,16 @@ class VectorField:
         stops = self._edges | edges.keys()
         before = self.generators.states()
         t = t.detach().clone()  # the caller's may be changed in place
-        with evaluated_as_it_is():  # what a compiled function depends on does not show as well
+        with without_compilation():  # what a compiled function depends on does not show as well
             evaluation = self.differentiable(t, x, keywords, want_time, with_history=with_history)
         slope = evaluation.slope
         self.draws = not self.generators.are_at(before)
         self.rounding = max(self.rounding, _precision(x.dtype))
-        found = graph_inputs([slope], evaluation.argument.grad_fn, stops)
+        found = graph_inputs(slope, evaluation.argument.grad_fn, stops)
         if found.older:
-            with self.generators.kept(), evaluated_as_it_is():
+            with self.generators.kept(), without_compilation():
                 second = self.differentiable(t, x, keywords, want_time)
-            again = graph_inputs([second.slope], second.argument.grad_fn, stops)
+            again = graph_inputs(second.slope, second.argument.grad_fn, stops)
             if lost := set(found.older) & set(again.older):  # else they were made in another thread
                 raise RuntimeError(_lost(f"that was computed from others before the solve, by {lost.pop().name()}"))
         held_leaves = [tensor for tensor in held.tensors if tensor.is_leaf]
@@ -185,7 +183,7 @@ class VectorField:
         if not changed:
             return
         values = [tensor.clone() for tensor in changed]
-        with self.generators.kept() if self.draws else contextlib.nullcontext(), evaluated_as_it_is():
+        with self.generators.kept() if self.draws else contextlib.nullcontext(), without_compilation():
             again = self(t, x, keywords)
         with torch.no_grad():
             for tensor, value in zip(changed, values, strict=True):
@@ -261,25 +259,15 @@ class VectorField:
                 leaf = argument
             if want_time:
                 t = t.detach().clone().requires_grad_()
+            first = sequence_number()
             slope = self.evaluate(t, argument, keywords, self.stand_ins if stand_ins is None else stand_ins)
-        return Evaluation(leaf, t, argument, keywords, slope)
+            nodes = sequence_number() - first
+        return Evaluation(leaf, t, argument, keywords, slope, nodes)
 
     def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, stand_ins: StandIns) -> Tensor:
         """The slope f(t, x), where grad is enabled, with its graph back to t, x and the dependencies or stand-ins."""
         with self.autocast.again(), stand_ins.substitution():
             return self._checked(self.function(t, x, **keywords), x)
-
-    def taken_by(
-        self, program: StepProgram, times: Tensor, sizes: Sequence[float], start: Tensor, slope: Tensor | None
-    ) -> list[TakenStep] | None:
-        """Steps as a program of f takes them; None if its slopes are of a wider dtype."""
-        with self.autocast.again():
-            taken = program(times, sizes, start, slope)
-        for k in (slope for step in taken for slope in step.slopes):
-            if k.dtype is not start.dtype and torch.promote_types(k.dtype, start.dtype) != start.dtype:
-                program.works = False  # f will say so, where it is evaluated by itself
-                return None
-        return taken
 
     def _checked(self, slope: Any, x: Tensor) -> Tensor:
         """What f returned at state x, which may be of another kind than what it returned at first."""
@@ -320,40 +308,39 @@ class VectorField:
             return None, None
         want_time = want_time and evaluation.time.requires_grad
         leaves = [evaluation.leaf, evaluation.time] if want_time else [evaluation.leaf]
-        if strangers := self.strangers([slope], evaluation.argument.grad_fn, leaves, sums):
+        if strangers := self._strangers(slope, evaluation.argument.grad_fn, leaves, sums):
             # f may make leaves of its own, and nodes in other threads: those are new ones in each evaluation.
             with self.generators.kept():
                 again = self.differentiable(
                     evaluation.time, evaluation.leaf, evaluation.keywords, want_time, sums.stand_ins
                 )
             own = (again.leaf, again.time)
-            if strangers & self.strangers([again.slope], again.argument.grad_fn, own, sums):
+            if strangers & self._strangers(again.slope, again.argument.grad_fn, own, sums):
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
-        grads = vjp([slope], [in_type_of(slope, cotangent)], [*leaves, *sums.inputs], keep_graph)
+        inputs = (*leaves, *sums.inputs)
+        grads = run_backward((slope,), (in_type_of(slope, cotangent),), inputs, keep_graph=keep_graph)
         sums.add(grads[len(leaves) :])
         tau = grads[1] if want_time else None
         # torchdiffeq's adaptive methods make complex times for complex states.
         return grads[0], tau.real if tau is not None and tau.is_complex() else tau
 
-    def strangers(
-        self, outputs: Sequence[Tensor], start: Any, leaves: Sequence[Tensor], sums: CotangentSums
-    ) -> set[Any]:
-        """Leaves that are neither known nor f's arguments, and older nodes, in graphs of f.
+    def _strangers(self, slope: Tensor, start: Any, leaves: Sequence[Tensor], sums: CotangentSums) -> set[Any]:
+        """Find leaves that are neither dependencies nor f's arguments, and older nodes, in the graph of an evaluation.
 
         Args:
-            outputs: what the graphs are of.
-            start: a node made just before them.
-            leaves: where they end, beside the dependencies.
-            sums: holds what stands in for dependencies.
+            slope: the value of f.
+            start: the node of f's argument.
+            leaves: f's arguments.
+            sums: holds the stand-ins for dependencies.
 
         Raises:
-            RuntimeError: if they have a tensor that was to be replaced by its stand-in.
+            RuntimeError: if the graph has a tensor that was to be replaced by its stand-in.
         """
         replaced = sums.stand_ins.replaced
         if self._accumulators is None:
             used = [tensor for tensor in self.used if tensor.is_leaf and tensor.requires_grad]
             self._accumulators = {accumulator(tensor) for tensor in used}
-        found = graph_inputs(outputs, start, self._edges, () if sums.stand_ins else self._accumulators)
+        found = graph_inputs(slope, start, self._edges, () if sums.stand_ins else self._accumulators)
         if replaced and (not replaced.isdisjoint(found.edges) or not replaced.isdisjoint(map(id, found.leaves))):
             raise RuntimeError(
                 "symplectic_adjoint: the vector field uses a tensor with hooks, or one computed from others that it "

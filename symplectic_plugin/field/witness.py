@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ._torch_compat import has_storage, is_batch_of_cotangents, is_transformed
 from .autocast import without_autocast
 from .cotangents import CotangentSums
-from .graphs import has_storage
 from .vector_field import VectorField
 
 
@@ -20,7 +20,7 @@ def refuse_transforms() -> None:
     Raises:
         RuntimeError: inside a transform of torch.func, or in forward mode.
     """
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         raise RuntimeError(
             "symplectic_adjoint: a solve can't be differentiated in forward mode (torch.autograd.forward_ad) or by "
             "torch.func's transforms: use torch.autograd, or the base method itself"
@@ -33,7 +33,7 @@ def refuse_batches(cotangents: Sequence[Tensor | None]) -> None:
     Raises:
         RuntimeError: in a backward pass of many cotangents at once.
     """
-    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in cotangents):
+    if any(x is not None and is_batch_of_cotangents(x) for x in cotangents):
         raise RuntimeError(
             "symplectic_adjoint: the backward pass takes one cotangent at a time: call torch.autograd.grad for each "
             "instead of is_grads_batched=True, and torch.autograd.functional's functions with vectorize=False"
@@ -81,7 +81,7 @@ class Witness:
         self._versions = [tensor._version for tensor in self._spare]
 
     @contextlib.contextmanager
-    def checked(self, needed: Sequence[bool], device: torch.device) -> Iterator[CotangentSums]:
+    def checked(self, needed: Sequence[bool], device: torch.device) -> Iterator[tuple[VectorField, CotangentSums]]:
         """The context of a sweep: autocast off, f as it was, random number generators left alone.
 
         Raises:
@@ -94,7 +94,7 @@ class Witness:
         draws = field.generators.kept() if field.draws else contextlib.nullcontext()
         with without_autocast(device), draws, field.restored():
             self._addresses.require_same()
-            yield sums
+            yield field, sums
         used = sums.used()[len(self.saved) :]
         for tensor, version, is_used in zip(self._spare, self._versions, used, strict=True):
             if is_used and tensor._version != version:
@@ -110,36 +110,3 @@ _CHANGED = (
 def _address(tensor: Tensor) -> int:
     """Where a tensor's values are."""
     return tensor.data_ptr() if has_storage(tensor) else 0
-
-
-def refuse_third_derivatives() -> None:
-    """Refuse to have the gradient of a gradient differentiated.
-
-    Raises:
-        RuntimeError: in a backward pass that is to be differentiated.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "symplectic_adjoint: there are no third derivatives (create_graph=True on a gradient of a gradient): "
-            "use the base method itself for those"
-        )
-
-
-def gradients(
-    outputs: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-    cotangents: Sequence[Tensor | None],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """`torch.autograd.grad`, for outputs, inputs and cotangents that may be missing."""
-    pairs = [
-        (output, cotangent.to(output.dtype))
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output is not None and cotangent is not None and output.requires_grad
-    ]
-    present = [x for x in inputs if x is not None]
-    if not pairs or not present:
-        return [None] * len(inputs)
-    given = [output for output, _ in pairs], present, [cotangent for _, cotangent in pairs]
-    gradients = iter(torch.autograd.grad(*given, allow_unused=True, create_graph=create_graph))
-    return [None if x is None else next(gradients) for x in inputs]

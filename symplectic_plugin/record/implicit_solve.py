@@ -229,3 +229,8 @@ class _Linearization:
             self._evaluation, self._layout.shaped(cotangent), adjoint.sums, adjoint.want_time
         )
         return torch.zeros_like(cotangent) if product is None else self._layout.flat(product), tau
+
+
+def slopes_to_keep(parts: Tensor, *, first_is_known: bool) -> list[Tensor]:
+    """Return the slopes of a step to keep where stages are: not the first one, where that is kept in any case."""
+    return [parts[:, 1:].clone() if first_is_known else parts]

@@ -1,4 +1,4 @@
-"""torchdiffeq's adaptive step where nothing is to be differentiated: the same to the last bit, in fewer calls."""
+"""torchdiffeq's adaptive step where nothing is differentiated: the same values to the last bit, in fewer calls."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from torchdiffeq._impl.misc import Perturb
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 
-from .recorded_field import RecordedField
+from .recorded_function import RecordedFunction
 
 
 class PreparedTableau(_ButcherTableau):
-    """A solver's tableau, as it holds it, with what a step makes of it anew each time.
+    """A solver's tableau in torchdiffeq's layout, with everything that a step would compute from it each time.
 
     Attributes:
-        weights: the rows of beta, one after the other.
-        lengths: theirs.
-        perturbs: at the step's end, the time as seen from before it, in case of a discontinuity there.
-        last_is_end: whether the last one is the solution.
+        weights: rows of beta, one after the other.
+        lengths: lengths of the rows.
+        perturbs: for each stage, how its time is moved: at the step's end to before it, in case of a jump there.
+        last_is_end: whether the last stage is the solution.
     """
 
     weights: Tensor
@@ -32,7 +32,7 @@ class PreparedTableau(_ButcherTableau):
 
     @classmethod
     def of(cls, tableau: Any) -> PreparedTableau:
-        """The same tableau, prepared."""
+        """Prepare a tableau."""
         result = cls(*tableau)
         result.weights = torch.cat(list(tableau.beta))
         result.lengths = [len(row) for row in tableau.beta]
@@ -44,7 +44,7 @@ class PreparedTableau(_ButcherTableau):
 def runge_kutta_step(
     func: Callable[..., Tensor], y0: Tensor, f0: Tensor, t0: Tensor, dt: Tensor, t1: Tensor, tableau: PreparedTableau
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """torchdiffeq's `_runge_kutta_step`.
+    """Take an explicit step as torchdiffeq's `_runge_kutta_step` does, with its arguments and results.
 
     The sums over slopes are its own, on slopes laid out as it lays them out: the error estimate is a small difference
     of them, so that with another order of summation other steps would be accepted.
@@ -57,14 +57,12 @@ def runge_kutta_step(
     times, weights = (t0 + tableau.alpha * dt).unbind(), (tableau.weights * dt).split(tableau.lengths)
     perturbs = tableau.perturbs
     times = [t1 if of is Perturb.PREV else t for t, of in zip(times, perturbs, strict=True)]
-    slopes: list[Tensor] | None = None
-    if isinstance(func, RecordedField) and func.at_once is not None:
-        slopes = func.take_at_once(times, [{"perturb": perturb} for perturb in perturbs], float(dt), y0, f0)
-    yi, last = y0, len(times) - 1
+    if isinstance(func, RecordedFunction):
+        func.begin_step(y0, f0, dt)
+    yi = y0
     for i, (t, perturb) in enumerate(zip(times, perturbs, strict=True)):
-        if slopes is None or i == last:
-            yi = y0 + torch.sum(k.narrow(-1, 0, i + 1) * weights[i], dim=-1)
-        columns[i + 1].copy_(func(t, yi, perturb=perturb) if slopes is None else slopes[i])
+        yi = y0 + torch.sum(k.narrow(-1, 0, i + 1) * weights[i], dim=-1)
+        columns[i + 1].copy_(func(t, yi, perturb=perturb))
     if not tableau.last_is_end:
         yi = y0 + torch.sum(k * (dt * tableau.c_sol), dim=-1)
     return yi, k[..., -1], torch.sum(k * (dt * tableau.c_error), dim=-1), k
@@ -72,7 +70,7 @@ def runge_kutta_step(
 
 @functools.cache
 def adaptive_step() -> Callable[[Any, Any], Any]:
-    """torchdiffeq's `_adaptive_step`, its step control, with that step in it, for solvers with a prepared tableau."""
+    """Return torchdiffeq's `_adaptive_step`, its step control, around `runge_kutta_step`, for prepared tableaus."""
     step: Any = RKAdaptiveStepsizeODESolver._adaptive_step
     names = {**step.__globals__, "_runge_kutta_step": runge_kutta_step}
     return types.FunctionType(step.__code__, names, step.__name__, step.__defaults__, step.__closure__)

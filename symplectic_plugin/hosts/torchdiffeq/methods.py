@@ -14,7 +14,7 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _runge_kutt
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from ...methods.tableau import ButcherTableau, probe
-from ...record.trajectory import DenseOutput
+from ...record.method import DenseOutput
 from .implicit import AdaptiveImplicit, FixedGridImplicit, counterpart, is_torchdiffeqs
 
 IMPLICIT = (AdaptiveImplicit, FixedGridImplicit)

@@ -12,33 +12,38 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl import misc
 
-from ...adjoint.function import attach
-from ...adjoint.whole_graph import with_graph
-from ...field.compiled import Compiled, not_compiled
+from ...adjoint.function import Inputs, attach
+from ...adjoint.live_solution import live_solution
+from ...field._torch_compat import saved_tensor_hooks_are_active
+from ...field.compiled import CompiledFunction, not_compiled
 from ...field.report import new_report
 from ...field.vector_field import VectorField
 from ...field.witness import refuse_transforms
-from ...record.checkpoints import Checkpoints
-from ...record.saved import hooks_are_active
 from ...record.storage import storage
-from . import adjoint, implicit
+from ...record.store import CheckpointStore
+from . import implicit, odeint_adjoint
 from .methods import base_solver, is_one_step, solvers
-from .recorded_field import RecordedField
-from .recording import recording
-from .times import GridTimes, StartingTime
+from .recorded_function import RecordedFunction
+from .recorded_solver import recorded_solver
+from .times import TimesFromGrid, TimesFromStart
 from .unperturbed import Unperturbed
 
 
-def _with_compiled_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> tuple[Any, Compiled]:
-    """The same, with what the user gave compiled, but none of torchdiffeq's wrappers, which are new in each solve; and
-    that."""
+def _compile_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> tuple[Any, CompiledFunction]:
+    """Compile the user's function inside torchdiffeq's wrappers.
+
+    The wrappers are created per solve, so compiling them would recompile each time.
+
+    Returns:
+        (func, compiled)
+    """
     if type(func).__module__ != misc.__name__:
-        compiled = Compiled(func, how)
+        compiled = CompiledFunction(func, how)
         return compiled, compiled
     wrapper = func
     while type(wrapper.base_func).__module__ == misc.__name__:
         wrapper = wrapper.base_func
-    compiled = Compiled(wrapper.base_func, how)
+    compiled = CompiledFunction(wrapper.base_func, how)
     del wrapper.base_func  # a module's place takes no function
     wrapper.base_func = compiled
     return func, compiled
@@ -53,7 +58,7 @@ class SymplecticAdjoint:
         rtol, atol: tolerances, for the base solver.
         solver: name of the base solver in SOLVERS; dopri5 by default, as in torchdiffeq.
         checkpoint: what to keep for the backward pass: "auto", "stages", "steps" or "binomial".
-        memory_budget: in bytes, for the solve and its backward pass.
+        memory_budget: bytes, for the solve and its backward pass.
         offload: where to keep states: "cpu", or a directory.
         compile: whether to have torch.compile compile func: True, a mode, or a dictionary of its arguments.
         adjoint_params: tensors that func depends on, in addition to those that are found.
@@ -87,44 +92,39 @@ class SymplecticAdjoint:
                 f'symplectic_adjoint: the method names the base solver "{self.solver}", the options {solver!r}: '
                 "give one of them"
             )
-        adjoint.refuse_continuous(func)
+        odeint_adjoint.refuse_continuous(func)
         refuse_transforms()
         name = self.solver or solver or "dopri5"
         base = base_solver(name)
-        checkpoints = Checkpoints(checkpoint, memory_budget, storage(offload, y0.device))
+        store = CheckpointStore(checkpoint, memory_budget, storage(offload, y0.device))
         adjoint_params = (adjoint_params,) if isinstance(adjoint_params, Tensor) else tuple(adjoint_params)
         if not all(isinstance(tensor, Tensor) for tensor in adjoint_params):
             raise TypeError("symplectic_adjoint: adjoint_params must be tensors")
         for option, value in options.items():
             if isinstance(value, Tensor) and value.requires_grad and option != "step_size":
                 raise ValueError(f"symplectic_adjoint: option {option!r} requires a gradient and gets none: detach it")
-        compiled: Compiled | None = None
+        compiled: CompiledFunction | None = None
         if compile:
-            func, compiled = _with_compiled_user_function(func, compile)
+            func, compiled = _compile_user_function(func, compile)
         self.y0 = y0
-        self.field = VectorField(
-            Unperturbed(func),
-            y0.device,
-            new_report("torchdiffeq", name, checkpoints.policy),
-            adjoint_params,
-            only_adjoint_params,
-            compiled,
-        )
-        self.recorded = RecordedField(self.field, func, y0)
-        self.base = recording(base)(func=self.recorded, y0=y0.detach(), rtol=rtol, atol=atol, **options)
-        self.base.checkpoints = checkpoints
+        report = new_report("torchdiffeq", name, store.policy)
+        function = Unperturbed(func)
+        self.field = VectorField(function, y0.device, report, adjoint_params, only_adjoint_params, compiled)
+        recorded = RecordedFunction(self.field, func)
+        self.base = recorded_solver(base)(func=recorded, y0=y0.detach(), rtol=rtol, atol=atol, **options)
+        self.base.prepare(y0, store)
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
-        """Names of the callbacks that the base solver calls."""
+        """Return the names of the callbacks that the base solver calls."""
         names = [cls.solver] if cls.solver is not None else [name for name, s in solvers().items() if is_one_step(s)]
         # torchdiffeq 0.2.3 has no callbacks.
         return set().union(*(getattr(solvers()[name], "valid_callbacks", set)() for name in names))
 
     @classmethod
     def variants(cls, name: str, registry: Mapping[str, type]) -> dict[str, type]:
-        """The implicit methods that torchdiffeq does not have; and this class with its base solver in its name, for
-        each that there is: "symplectic_adjoint:rk4" and so on."""
+        """Return the implicit methods that torchdiffeq does not have; and this class with its base solver in its name,
+        for each that there is: "symplectic_adjoint:rk4" and so on."""
         added = {base: solver for base, solver in implicit.SOLVERS.items() if base not in registry}
         return added | {
             f"{name}:{base}": type(f"{cls.__name__}_{base}", (cls,), {"solver": base, "__doc__": cls.__doc__})
@@ -135,16 +135,16 @@ class SymplecticAdjoint:
     @classmethod
     def install(cls) -> None:
         """Have torchdiffeq's `odeint_adjoint` come here when it is told to."""
-        adjoint.install(cls)
+        odeint_adjoint.install(cls)
 
     @classmethod
     def uninstall(cls) -> None:
         """Undo `install`."""
-        adjoint.uninstall()
+        odeint_adjoint.uninstall()
 
     @not_compiled
     def integrate(self, t: Tensor) -> Tensor:
-        """The solution at the times t, shape (len(t), *y0.shape)."""
+        """Return the solution at the times t, shape (len(t), *y0.shape)."""
         begin = time.perf_counter()
         recorded = torch.is_grad_enabled()
         times = self._begin(t)
@@ -157,7 +157,7 @@ class SymplecticAdjoint:
 
     @not_compiled
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The time of the event, a constant as in torchdiffeq, and the states at t0 and then, shape (2, *y0.shape)."""
+        """Return the time of the event, a constant as in torchdiffeq, and the states at t0 and then, (2, *y0.shape)."""
         begin = time.perf_counter()
         recorded = torch.is_grad_enabled()
         step_size = getattr(self.base, "step_size", None)
@@ -171,24 +171,24 @@ class SymplecticAdjoint:
         self.field.report.forward_seconds += time.perf_counter() - begin
         return event_t, solution
 
-    def _begin(self, t: Tensor) -> StartingTime | GridTimes:
-        if hooks_are_active():
-            self.base.checkpoints.only_states()
-        times = self.base.begin(t, torch.is_grad_enabled())
-        self.recorded.want_time = any(time.requires_grad for time in times.inputs)
+    def _begin(self, t: Tensor) -> TimesFromStart | TimesFromGrid:
+        if saved_tensor_hooks_are_active():
+            self.base.store.keep_states_alone()
+        times: TimesFromStart | TimesFromGrid = self.base.begin(t, recorded=torch.is_grad_enabled())
         return times
 
-    def _attached(self, solution: Tensor, times: StartingTime | GridTimes, places: list[tuple[int, float]]) -> Tensor:
+    def _attached(
+        self, solution: Tensor, times: TimesFromStart | TimesFromGrid, places: list[tuple[int, float]]
+    ) -> Tensor:
         if self.field.left_out:
             warnings.warn(
                 f"symplectic_adjoint: func depends on {len(self.field.left_out)} tensors that require gradients and "
                 "that adjoint_params leaves out: they get none. Leave adjoint_params away to have them all.",
                 stacklevel=5,
             )
-        trajectory = self.base.finish(places)
-        if not trajectory.steps:  # one time, or an event that is met at once
+        trajectory, live_steps = self.base.finish(places), self.base.recorder.live_steps
+        if not trajectory.checkpoints:  # one time, or an event that is met at once
             return torch.stack([self.y0] * len(solution))
-        if self.base.is_whole(trajectory):
-            needed = any(tensor.requires_grad for tensor in (self.y0, *self.field.dependencies))
-            return with_graph(solution, trajectory, self.field) if needed else solution
-        return attach(solution, trajectory, self.field, self.y0, times.inputs, times)
+        if live_steps:
+            return live_solution(solution, trajectory, live_steps, self.field)
+        return attach(solution, trajectory, self.field, Inputs(self.y0, times.inputs, times))

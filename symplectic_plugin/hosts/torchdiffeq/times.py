@@ -1,4 +1,4 @@
-"""The times of a solve by torchdiffeq: of its stages, and as functions of the times that it was given."""
+"""The times of a solve by torchdiffeq: of its stages, and as functions of the times that the solve was given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...adjoint.replay import Times
-from ...record.trajectory import Step, Trajectory
+from ...adjoint.times import SolveTimes
+from ...record.method import Step
+from ...record.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class StageTimes:
     """The times that torchdiffeq hands to f in a step.
 
     Args:
-        c: the stages' times in units of the step, float64.
+        c: times of the stages in units of the step, float64.
         solver_dtype: in which the solver keeps time.
-        dtype: in which it computes the stages' times.
+        dtype: in which it computes the times of stages.
         device: the state's.
     """
 
@@ -36,22 +37,31 @@ class StageTimes:
         return [of_step.unbind() for of_step in times.unbind()]
 
 
-class StartingTime:
-    """Times that are the start and constant step sizes: all move with the start."""
+class TimesFromStart:
+    """The times of a solve whose step sizes are constants: all steps move with the start.
+
+    Args:
+        t: the output times, or the start alone of a solve up to an event.
+        cut_steps: steps that were cut, by their numbers: to end at the output time of an index, or (None) at a step_t
+            or jump_t, which does not move. The step's size takes up the moves of both its ends.
+    """
 
     def __init__(self, t: Tensor) -> None:
         self.inputs = (t,)
         self.cut_steps: dict[int, int | None] = {}
-        """Steps cut to end at the output time of an index, or at a step_t or jump_t, which does not move: the step's
-        size takes up the moves of both its ends."""
 
-    def __call__(self, trajectory: Trajectory, t: Tensor) -> Times:
-        """The solve's times as functions of t: the output times, or the start alone of a solve up to an event."""
+    def cut(self, n: int, output: int | None) -> None:
+        """Note that step n was cut."""
+        self.cut_steps[n] = output
+
+    def __call__(self, trajectory: Trajectory, t: Tensor) -> SolveTimes:
+        """Return the solve's times as functions of t."""
+        steps = [checkpoint.step for checkpoint in trajectory.checkpoints]
         given = t.reshape(-1).double()
         # What a time may move with: an entry of t, or at the end of these nothing.
         moved = torch.cat([given - given.detach(), given.new_zeros(1)])
         starts, sizes = (
-            torch.tensor([getattr(step, name) for step in trajectory.steps], dtype=torch.float64, device=t.device)
+            torch.tensor([getattr(step, name) for step in steps], dtype=torch.float64, device=t.device)
             for name in ("t0", "h")
         )
         with_which, cuts = [0], list(self.cut_steps)
@@ -63,19 +73,24 @@ class StartingTime:
             cut = torch.tensor(cuts, device=t.device)
             sizes = sizes.index_add(0, cut, moves[cut + 1] - moves[cut])
         outputs = torch.tensor(
-            [trajectory.steps[n].t0 + theta * trajectory.steps[n].h for n, theta in trajectory.outputs if n >= 0],
+            [steps[n].t0 + theta * steps[n].h for n, theta in trajectory.outputs if n >= 0],
             dtype=torch.float64, device=t.device,
         )  # fmt: skip
         # An event's time is a constant, as in torchdiffeq.
-        return Times(starts + moves[:-1], sizes, t[1:].double() if t.ndim else outputs)
+        return SolveTimes(starts + moves[:-1], sizes, t[1:].double() if t.ndim else outputs)
 
 
-class GridTimes:
-    """Times that are a grid's points: each step's size moves with both its ends."""
+class TimesFromGrid:
+    """The times of a solve over a grid: each step's size moves with both its ends.
+
+    Args:
+        t: the output times.
+        grid: the grid.
+    """
 
     def __init__(self, t: Tensor, grid: Tensor) -> None:
         self.inputs = (t, grid)
 
-    def __call__(self, trajectory: Trajectory, t: Tensor, grid: Tensor) -> Times:
-        """The solve's times as functions of the output times and the grid."""
-        return Times(grid[:-1].double(), grid.diff().double(), t[1:].double())
+    def __call__(self, trajectory: Trajectory, t: Tensor, grid: Tensor) -> SolveTimes:
+        """Return the solve's times as functions of the output times and the grid."""
+        return SolveTimes(grid[:-1].double(), grid.diff().double(), t[1:].double())

@@ -1,0 +1,370 @@
+"""The recorder of a solve: evaluates f for a host's solver, decides what is kept of each step, and keeps it.
+
+One recorder serves every host and family of methods. Three kinds of things are kept: the live graph of the whole solve,
+the graphs of single evaluations, or states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..field._torch_compat import sequence_number
+from ..field.cotangents import NO_STAND_INS, wide
+from ..field.evaluation import Evaluation, Keywords
+from ..field.random_numbers import GeneratorStates
+from ..field.vector_field import VectorField
+from ..methods.explicit import explicit_step, weighted_sum
+from .budget import Demand
+from .checkpoint import Checkpoint
+from .live_graph import LiveStep
+from .method import Method, Step
+from .stage_graphs import StageGraphs
+from .store import CheckpointStore
+from .trajectory import Trajectory
+
+_MOST_KINDS = 16
+"""Number of kinds of evaluations that are measured in a live graph. Measuring makes Python see the nodes of one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a host knows of a solve when it begins.
+
+    Args:
+        initial: the initial state, with its history.
+        demand: returns what the solve needs memory for, called with the first evaluation.
+        want_time: whether gradients of times are wanted.
+        steps: number of steps, if it is known.
+        may_be_live: whether the steps' arithmetic can be a part of autograd's graph.
+        live_share: share of the room for what is kept that a live graph may fill, if the number of steps is not known.
+        live_by_host: whether the host's own arithmetic makes the live graph, so that it can't be dropped.
+    """
+
+    initial: Tensor
+    demand: Callable[[Evaluation], Demand]
+    want_time: bool = False
+    steps: int | None = None
+    may_be_live: bool = True
+    live_share: float = 0.25
+    live_by_host: bool = False
+
+
+class Recorder:
+    """The recorder of one solve.
+
+    Args:
+        field: the vector field.
+        store: keeps the checkpoints.
+        method: the method.
+        plan: what the host knows of the solve.
+
+    Attributes:
+        trajectory: the solve, as far as it has got.
+        is_discovered: whether f has been evaluated for the first time.
+        is_live: whether the solve's graph is live: autograd's own, from the initial state on.
+        live_steps: its steps, where the recorder makes their arithmetic a part of the graph.
+        first: the first evaluation, if it was made outside of a step and gives the first step's first slope.
+        draws: states of the random number generators before this step's first evaluation, if f draws.
+        last_draw, first_draw: those before the latest evaluation, and before the one outside of a step that gave the
+            step's first slope.
+    """
+
+    def __init__(self, field: VectorField, store: CheckpointStore, method: Method, plan: Plan) -> None:
+        self.field = field
+        self.store = store
+        self.plan = plan
+        self.trajectory = Trajectory(method, store)
+        self.is_discovered = False
+        self.is_live = plan.may_be_live and not plan.want_time and store.may_be_live
+        self.live_steps: list[LiveStep] = []
+        self.first: Evaluation | None = None
+        self.draws: GeneratorStates | None = None
+        self.last_draw: GeneratorStates | None = None
+        self.first_draw: GeneratorStates | None = None
+        self._stages: list[Tensor] = []
+        self._nodes: list[int] = []
+        self._graphs: StageGraphs | None = None
+        self._live: LiveStep | None = None
+        self._remaining = 0
+        self._begun: tuple[Tensor, Tensor | None, float] | None = None
+
+    # Evaluations of f
+
+    def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
+        """Evaluate f at a state as the host has computed it, without history: the next stage's, or outside a step.
+
+        Args:
+            t: time, a scalar that nobody changes in place.
+            x: state.
+            keywords: passed on to f.
+
+        Returns:
+            The slope, without a graph.
+        """
+        self._count()
+        if not self.is_discovered:
+            return self._discover(t, x, keywords).detach()
+        if self._remaining == 0:
+            return self.field(t, x, keywords)
+        self._remaining -= 1
+        if self._live is not None:
+            with torch.enable_grad():
+                stage = self._live.next_stage(x)
+                return self._evaluate_live(t, stage, keywords).detach()
+        return self._evaluate_stage(t, x, keywords)
+
+    def evaluate_stage(self, t: Tensor, stage: Tensor, keywords: Keywords) -> Tensor:
+        """Evaluate f at the next stage, computed with grad enabled from the start of a step that may be live.
+
+        Args:
+            t, keywords: as for `evaluate`.
+            stage: state of the stage; with its history, if the step is live.
+
+        Returns:
+            The slope; with its history, if the step is live.
+        """
+        self._count()
+        if not self.is_discovered:
+            return self._discover(t, stage, keywords)
+        self._remaining -= 1
+        if self._live is not None or (self.is_live and self.plan.live_by_host):
+            return self._evaluate_live(t, stage, keywords)
+        return self._evaluate_stage(t, stage.detach(), keywords)
+
+    def count(self) -> None:
+        """Count an evaluation of f that belongs to no stage: solving for stages makes any number of them."""
+        self.field.report.evaluations += 1
+
+    def _count(self) -> None:
+        field = self.field
+        field.report.evaluations += 1
+        if field.draws:
+            self.last_draw = field.generators.states()
+            self.draws = self.draws or self.last_draw
+
+    def _evaluate_stage(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
+        self._stages.append(x)
+        if (graphs := self._graphs) is None:
+            return self.field(t, x, keywords)
+        evaluation = self.field.differentiable(t, x, keywords, self.plan.want_time, graphs.stand_ins)
+        slope = graphs.add(evaluation)
+        if not self.store.has_room_for(self.field, evaluation, graphs.nodes):
+            self._graphs = None
+        return slope
+
+    def _evaluate_live(self, t: Tensor, stage: Tensor, keywords: Keywords) -> Tensor:
+        first = sequence_number()
+        slope = self.field.evaluate(t, stage, keywords, NO_STAND_INS)
+        nodes = sequence_number() - first
+        self._nodes.append(nodes)
+        if self._live is not None:
+            self._live.add(stage, slope, nodes)
+        budget = self.store.budget
+        if not budget.has_measured(nodes):
+            evaluation = Evaluation(stage, t, stage, keywords, slope, nodes)
+            if budget.measured >= _MOST_KINDS or not self.store.has_room_for(self.field, evaluation, self._nodes):
+                self.leave_live_graph()
+        return slope
+
+    def _discover(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
+        """Evaluate f for the first time: find its dependencies, measure it, choose what is kept."""
+        field, store, plan, in_step = self.field, self.store, self.plan, self._begun is not None
+        before = field.generators.states()
+        if not plan.live_by_host:
+            is_initial = x.shape == plan.initial.shape and x.data_ptr() == plan.initial.data_ptr()
+            self.is_live = self.is_live and is_initial
+            x = plan.initial if self.is_live else x.detach()
+        evaluation = field.discover(t, x, keywords, plan.want_time, with_history=self.is_live)
+        self.is_discovered = True
+        if field.draws:
+            self.first_draw = self.last_draw = self.draws = before
+        store.measure(field, evaluation, plan.demand(evaluation))
+        self.is_live = self.is_live and self._may_stay_live(evaluation)
+        # The first evaluation was made without stand-ins.
+        usable = evaluation if self.is_live or (evaluation.leaf.is_leaf and not field.stand_ins) else None
+        if in_step:
+            self._open_step(usable)
+            self._stages.append(x.detach())
+            self._remaining -= 1
+        else:
+            self.first = usable
+        return evaluation.slope if self.is_live else evaluation.slope.detach()
+
+    def _may_stay_live(self, evaluation: Evaluation) -> bool:
+        # Within a graph autograd sums in the tensors' precision: of half precision that is to be no long sum.
+        is_wide = all(wide(x.dtype) == x.dtype for x in (evaluation.argument, *self.field.dependencies))
+        return is_wide and not self.field.left_out and self._has_room_for_live_step(0)
+
+    def _has_room_for_live_step(self, taken: int) -> bool:
+        store, plan, evaluations = self.store, self.plan, self.trajectory.method.evaluations
+        if not store.keeps_graphs:
+            return False
+        if plan.live_by_host:
+            return store.budget.fits_in_share(plan.live_share, evaluations)
+        if plan.steps is not None:
+            return store.budget.fits(evaluations, max(1, plan.steps - taken))
+        return store.budget.fits_in_share(plan.live_share) and store.budget.fits(evaluations)
+
+    # Steps
+
+    def begin_step(self, start: Tensor, first_slope: Tensor | None, h: float, *, follows: bool = True) -> None:
+        """Begin a step, or another attempt at it.
+
+        Args:
+            start: state at the step's start.
+            first_slope: slope there, if it is not evaluated in the step.
+            h: step size.
+            follows: whether the state is where the step before ended, and the slope the last one of that.
+        """
+        self._stages, self._nodes, self._graphs, self._live, self.draws = [], [], None, None, None
+        self._begun = start, first_slope, h
+        self._remaining = self.trajectory.method.evaluations
+        if not self.is_discovered:
+            return
+        taken = len(self.trajectory.checkpoints)
+        # The number of steps was taken into account when the solve began, if it is known.
+        fits = self.plan.steps is not None and not self.plan.live_by_host
+        if self.is_live and ((taken and not follows) or not (fits or self._has_room_for_live_step(taken))):
+            self.leave_live_graph()
+        self._open_step()
+
+    def _open_step(self, evaluation: Evaluation | None = None) -> None:
+        """Have what is to be kept of the step that has begun, and of the solve's first evaluation if that is in it."""
+        assert self._begun is not None
+        start, first_slope, h = self._begun
+        made = [x for x in (self.first, evaluation) if x is not None]
+        if self.is_live:
+            self._nodes = [x.nodes for x in made]
+            if not self.plan.live_by_host:
+                self._live = self._live_step(made, start, h)
+        elif self.trajectory.method.implicit is None and self._wants_graphs():
+            self._graphs = StageGraphs(self.field.stand_ins, start, None if self.first is not None else first_slope)
+            for x in made:
+                self._graphs.add(x)
+
+    def _live_step(self, made: list[Evaluation], start: Tensor, h: float) -> LiveStep:
+        method = self.trajectory.method
+        if not self.live_steps:
+            live = LiveStep(method, made[0].argument, h)
+            live.add(live.origin, made[0].slope, made[0].nodes)
+            return live
+        before = self.live_steps[-1]
+        before.end_at(start)
+        return LiveStep(method, before.end, h, before.slopes[-1] if method.hands_on_slope else None)
+
+    def _wants_graphs(self) -> bool:
+        plan, taken = self.plan, len(self.trajectory.checkpoints)
+        remaining = 1 if plan.steps is None else max(1, plan.steps - taken)
+        return self.store.keeps_graphs and self.store.budget.fits(self.trajectory.method.evaluations, remaining)
+
+    def take_step(self, step: Step, times: Sequence[Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
+        """Take an explicit step that has begun.
+
+        Args:
+            step: the step.
+            times: times of its stages.
+            start: state at its start, without history.
+
+        Returns:
+            What the step adds to the state, and the first slope, without graphs.
+        """
+        method = self.trajectory.method
+        keywords = method.keywords
+
+        def slope_at(i: int, stage: Tensor) -> Tensor:
+            return self.evaluate_stage(times[i], stage, keywords[i])
+
+        # The solve's first evaluation decides what the step is made of.
+        first = None if self.is_discovered else slope_at(0, start)
+        origin = self._live.origin if self._live is not None else start
+        with torch.set_grad_enabled(self.is_live):
+            slopes = explicit_step(method.tableau, slope_at, origin, step.h, first)
+            moved = weighted_sum(None, method.tableau.numbers[1], slopes, step.h)
+            if self._live is not None:
+                self._live.ends_in(self._live.origin + moved)
+        return moved.detach(), slopes[0].detach()
+
+    @property
+    def _given(self) -> int:
+        """Number of slopes of the step that has begun which are not evaluated in it."""
+        return 0 if self._begun is None or self._begun[1] is None else 1
+
+    def leave_live_graph(self) -> None:
+        """Turn the live graph into states, without another evaluation of f: it does not fit any more."""
+        self.is_live = False
+        if self.plan.live_by_host:
+            return
+        if self._live is not None:
+            self._stages = [stage.detach() for stage in self._live.stages[self._given :]]
+            self._live = None
+        self.live_steps.clear()
+        self.store.turn_graphs_into_states()
+
+    def end_step(
+        self,
+        step: Step,
+        state: Tensor,
+        slope: Tensor | None,
+        stages: list[Tensor] | None = None,
+        *,
+        follows: bool = True,
+    ) -> Checkpoint:
+        """Add an accepted step to the trajectory.
+
+        Args:
+            step: the step.
+            state: state at its start.
+            slope: slope there, if it has to be kept; None if it can be evaluated again.
+            stages: slopes of an implicit method's stages, if they may be kept.
+            follows: whether the state is where the step before ended, if there is one.
+        """
+        checkpoints = self.trajectory.checkpoints
+        previous = checkpoints[-1] if checkpoints and follows else None
+        checkpoint = Checkpoint(self.store.budget, step, self.trajectory.method, previous)
+        self.keep(checkpoint, state, slope, stages)
+        checkpoints.append(checkpoint)
+        return checkpoint
+
+    def keep(self, checkpoint: Checkpoint, state: Tensor, slope: Tensor | None, stages: list[Tensor] | None) -> None:
+        """Keep of a step what there is room for.
+
+        Args:
+            checkpoint: the step's, with nothing kept.
+            state, slope, stages: as for `end_step`.
+        """
+        kept, store = self._live or self._graphs, self.store
+        if kept is not None:
+            checkpoint.put_graphs(kept, store.budget.size_of(kept.nodes))
+            if self._live is not None:
+                self.live_steps.append(self._live)
+                state = self._live.origin.detach()  # the same values, in memory that the graph holds anyway
+        elif store.keeps_stages and checkpoint.step.draws is None:  # else they are evaluated again, in the same order
+            checkpoint.put_stages(self._stages[1 - self._given :] if stages is None else stages)
+        self._stages, self._graphs, self._live, self._begun, self.first = [], None, None, None, None
+        self._remaining = 0
+        store.add(checkpoint, state, slope)
+
+    def finish(self, end: Tensor | None, outputs: list[tuple[int, float]]) -> Trajectory:
+        """End the solve.
+
+        Args:
+            end: state at the end of the last step.
+            outputs: places of the outputs, as `Trajectory` has them.
+
+        Returns:
+            The trajectory.
+        """
+        trajectory, report, budget = self.trajectory, self.field.report, self.store.budget
+        trajectory.place_outputs(outputs)
+        if trajectory.checkpoints and end is not None:
+            trajectory.checkpoints[-1].set_end(end)
+        if self.is_live and not budget.outputs_fit_twice():
+            self.leave_live_graph()
+        report.accepted = len(trajectory.checkpoints)
+        report.checkpoint_bytes, report.graph_bytes = budget.most_states, budget.most_graphs
+        report.budget_bytes, report.kept = budget.total, self.store.kept()
+        return trajectory
