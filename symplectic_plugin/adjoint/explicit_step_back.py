@@ -130,7 +130,8 @@ class ExplicitStepBack:
         if added == 0 or step.draws is None:  # else numbers must be drawn again for the added stage, in the same order
             graphs = self._graphs(at, checkpoint, evaluations, start)
             if graphs is not None:
-                return _Stages(evaluations, [*graphs.slopes, *nothing[:added]], graphs.stages[1:], graphs, nothing)
+                draws = [step.draws_before(0), *nothing[1:]]  # the first slope may have been evaluated outside the step
+                return _Stages(evaluations, [*graphs.slopes, *nothing[:added]], graphs.stages[1:], graphs, draws)
         if checkpoint.stages is None or added or step.draws is not None:
             slopes, draws = evaluations.slopes(tableau, start, at.slope)
             return _Stages(evaluations, slopes, None, None, draws)

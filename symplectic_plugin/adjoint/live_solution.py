@@ -19,32 +19,50 @@ from ..field.witness import Addresses
 from ..record.live_graph import LiveStep
 from ..record.method import Method
 from ..record.trajectory import Trajectory
+from .function import Inputs, attach
 
 
-def live_solution(solution: Tensor, trajectory: Trajectory, steps: Sequence[LiveStep], field: VectorField) -> Tensor:
-    """Join the outputs of a solve with a live graph.
+def live_solution(
+    solution: Tensor, trajectory: Trajectory, steps: Sequence[LiveStep], field: VectorField, inputs: Inputs
+) -> Tensor:
+    """Give a solution its graph, where the first steps of the solve, or all, are a live graph.
 
     Args:
         solution: the outputs, shape (M + 1, *state), without a graph.
         trajectory: the solve.
-        steps: its steps, at least one.
-        field: its vector field.
+        steps: the steps of the live graph, at least one.
+        field: the vector field.
+        inputs: what else the solve depends on.
 
     Returns:
         The same values with their graph.
     """
-    result = _joined(solution, trajectory, steps)
-    if result.requires_grad:
-        mark_as_solve(result)
-        watch = LiveWatch(field.report, field.used, steps[0].origin)
-        watch.add(sum(len(step.nodes) for step in steps))
-        watch.check_before(result)
-    return result
+    if not any(tensor.requires_grad for tensor in (inputs.initial, *field.dependencies)):
+        return solution
+    live = len(steps)
+    inside = sum(n < live for n, _ in trajectory.outputs)
+    result = _joined(solution[: inside + 1], trajectory, steps)
+    watch = LiveWatch(field.report, field.used, steps[0].origin)
+    watch.add(sum(len(step.nodes) for step in steps))
+    if live == len(trajectory.checkpoints):
+        if result.requires_grad:
+            mark_as_solve(result)
+            watch.check_before(result)
+        return result
+    # The other steps are swept over, from where the live graph ends.
+    places = [(n - live, theta) for n, theta in trajectory.outputs[inside:]]
+    rest = Trajectory(trajectory.method, trajectory.store, trajectory.checkpoints[live:], places)
+    rest.checkpoints[0].begin_anew()
+    last = steps[-1]
+    slope = last.slopes[-1] if rest.checkpoints[0].step.slope_handed_on else None
+    start = Inputs(last.end, inputs.times, inputs.times_of, slope)
+    swept = attach(torch.cat([last.end.detach().unsqueeze(0), solution[inside + 1 :]]), rest, field, start)
+    return torch.cat([result, swept[1:]])
 
 
 def _joined(solution: Tensor, trajectory: Trajectory, steps: Sequence[LiveStep]) -> Tensor:
     """Join the outputs, shape (M + 1, *state), with their graph."""
-    origin, places, ends = steps[0].origin, trajectory.outputs, trajectory.ends()
+    origin, places, ends = steps[0].origin, trajectory.outputs[: len(solution) - 1], trajectory.ends()
     with torch.enable_grad(), without_autocast(origin.device):
         outputs = [origin.unsqueeze(0)]
         for (n, is_end), group in itertools.groupby(range(len(places)), lambda m: (places[m][0], ends[m])):

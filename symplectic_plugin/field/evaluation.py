@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graphs import has_storage, saved_storages
+from ._torch_compat import has_storage
+from .graphs import saved_storages
 
 Keywords = Mapping[str, Any]
 

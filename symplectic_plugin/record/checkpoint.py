@@ -76,6 +76,10 @@ class Checkpoint:
         self.graphs = graphs
         self._charge("graphs", size)
 
+    def begin_anew(self) -> None:
+        """Forget the step before, whose graph is live: nothing is recomputed from there."""
+        self.previous = None
+
     def give_up_end(self) -> None:
         """Forget the state at the step's end: a step follows that keeps it."""
         self.end = None

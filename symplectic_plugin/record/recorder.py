@@ -6,8 +6,9 @@ the graphs of single evaluations, or states.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Recorder:
         trajectory: the solve, as far as it has got.
         is_discovered: whether f has been evaluated for the first time.
         is_live: whether the solve's graph is live: autograd's own, from the initial state on.
-        live_steps: its steps, where the recorder makes their arithmetic a part of the graph.
+        step_is_live: whether the host's arithmetic makes the step that has begun a part of the live graph.
         first: the first evaluation, if it was made outside of a step and gives the first step's first slope.
         draws: states of the random number generators before this step's first evaluation, if f draws.
         last_draw, first_draw: those before the latest evaluation, and before the one outside of a step that gave the
@@ -80,7 +81,7 @@ class Recorder:
         self.trajectory = Trajectory(method, store)
         self.is_discovered = False
         self.is_live = plan.may_be_live and not plan.want_time and store.may_be_live
-        self.live_steps: list[LiveStep] = []
+        self.step_is_live = False
         self.first: Evaluation | None = None
         self.draws: GeneratorStates | None = None
         self.last_draw: GeneratorStates | None = None
@@ -91,6 +92,7 @@ class Recorder:
         self._live: LiveStep | None = None
         self._remaining = 0
         self._begun: tuple[Tensor, Tensor | None, float] | None = None
+        self._last_live: tuple[weakref.ref[Tensor], int] | None = None
 
     # Evaluations of f
 
@@ -131,7 +133,7 @@ class Recorder:
         if not self.is_discovered:
             return self._discover(t, stage, keywords)
         self._remaining -= 1
-        if self._live is not None or (self.is_live and self.plan.live_by_host):
+        if self._live is not None or self.step_is_live:
             return self._evaluate_live(t, stage, keywords)
         return self._evaluate_stage(t, stage.detach(), keywords)
 
@@ -188,6 +190,7 @@ class Recorder:
         usable = evaluation if self.is_live or (evaluation.leaf.is_leaf and not field.stand_ins) else None
         if in_step:
             self._open_step(usable)
+            self._graphs = None if usable is None else self._graphs
             self._stages.append(x.detach())
             self._remaining -= 1
         else:
@@ -223,12 +226,19 @@ class Recorder:
         self._stages, self._nodes, self._graphs, self._live, self.draws = [], [], None, None, None
         self._begun = start, first_slope, h
         self._remaining = self.trajectory.method.evaluations
+        if self._last_live is not None and self._last_live[0]() is start:  # the host has rejected the last step
+            self.store.budget.charge("graphs", -self._last_live[1])
+            self._last_live = None
         if not self.is_discovered:
             return
         taken = len(self.trajectory.checkpoints)
         # The number of steps was taken into account when the solve began, if it is known.
         fits = self.plan.steps is not None and not self.plan.live_by_host
-        if self.is_live and ((taken and not follows) or not (fits or self._has_room_for_live_step(taken))):
+        if self.is_live and not (fits or self._has_room_for_live_step(taken)):
+            self.is_live = False  # the graph so far stays, as long as there is room
+            if (last := self._last_live_step()) is not None:
+                last.end_at(start)
+        if taken and not follows and self._last_live_step() is not None:
             self.leave_live_graph()
         self._open_step()
 
@@ -237,6 +247,7 @@ class Recorder:
         assert self._begun is not None
         start, first_slope, h = self._begun
         made = [x for x in (self.first, evaluation) if x is not None]
+        self.step_is_live = self.is_live and self.plan.live_by_host
         if self.is_live:
             self._nodes = [x.nodes for x in made]
             if not self.plan.live_by_host:
@@ -248,13 +259,19 @@ class Recorder:
 
     def _live_step(self, made: list[Evaluation], start: Tensor, h: float) -> LiveStep:
         method = self.trajectory.method
-        if not self.live_steps:
+        before = self._last_live_step()
+        if before is None:
             live = LiveStep(method, made[0].argument, h)
             live.add(live.origin, made[0].slope, made[0].nodes)
             return live
-        before = self.live_steps[-1]
         before.end_at(start)
         return LiveStep(method, before.end, h, before.slopes[-1] if method.hands_on_slope else None)
+
+    def _last_live_step(self) -> LiveStep | None:
+        """Return the step before, if it is a part of the live graph."""
+        checkpoints = self.trajectory.checkpoints
+        kept = checkpoints[-1].graphs if checkpoints else None
+        return kept if isinstance(kept, LiveStep) else None
 
     def _wants_graphs(self) -> bool:
         plan, taken = self.plan, len(self.trajectory.checkpoints)
@@ -301,7 +318,6 @@ class Recorder:
         if self._live is not None:
             self._stages = [stage.detach() for stage in self._live.stages[self._given :]]
             self._live = None
-        self.live_steps.clear()
         self.store.turn_graphs_into_states()
 
     def end_step(
@@ -340,13 +356,37 @@ class Recorder:
         if kept is not None:
             checkpoint.put_graphs(kept, store.budget.size_of(kept.nodes))
             if self._live is not None:
-                self.live_steps.append(self._live)
                 state = self._live.origin.detach()  # the same values, in memory that the graph holds anyway
         elif store.keeps_stages and checkpoint.step.draws is None:  # else they are evaluated again, in the same order
             checkpoint.put_stages(self._stages[1 - self._given :] if stages is None else stages)
         self._stages, self._graphs, self._live, self._begun, self.first = [], None, None, None, None
-        self._remaining = 0
+        self._remaining, self.first_draw = 0, self.last_draw
         store.add(checkpoint, state, slope)
+
+    def end_live_step(self) -> int:
+        """End a step whose live graph the host's arithmetic has made: return its number of evaluations."""
+        assert self._begun is not None
+        size = self.store.budget.size_of(self._nodes)
+        self._last_live = weakref.ref(self._begun[0]), size
+        self._begun = None
+        self.store.budget.charge("graphs", size)
+        self.store.make_room()
+        return len(self._nodes)
+
+    def want_time(self) -> None:
+        """Keep what gradients of times need, from the next step on."""
+        if not self.plan.want_time:
+            self.plan = replace(self.plan, want_time=True)
+            self.is_live = False
+
+    def live_prefix(self) -> list[LiveStep]:
+        """Return the first steps of the solve as far as they are a live graph: none, some or all."""
+        steps: list[LiveStep] = []
+        for checkpoint in self.trajectory.checkpoints:
+            if not isinstance(checkpoint.graphs, LiveStep):
+                break
+            steps.append(checkpoint.graphs)
+        return steps
 
     def finish(self, end: Tensor | None, outputs: list[tuple[int, float]]) -> Trajectory:
         """End the solve.
@@ -362,7 +402,7 @@ class Recorder:
         trajectory.place_outputs(outputs)
         if trajectory.checkpoints and end is not None:
             trajectory.checkpoints[-1].set_end(end)
-        if self.is_live and not budget.outputs_fit_twice():
+        if self.live_prefix() and not budget.outputs_fit_twice():
             self.leave_live_graph()
         report.accepted = len(trajectory.checkpoints)
         report.checkpoint_bytes, report.graph_bytes = budget.most_states, budget.most_graphs

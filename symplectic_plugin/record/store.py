@@ -21,6 +21,7 @@ from ..field.vector_field import VectorField
 from .budget import FEWEST_STATES, Budget, Demand
 from .checkpoint import Checkpoint
 from .defaults import DEFAULTS
+from .live_graph import LiveStep
 from .schedules import positions, reversed_states
 from .storage import DeviceMemory, Storage
 
@@ -287,7 +288,10 @@ class CheckpointStore:
     def _drop(self) -> None:
         """Make room."""
         if (checkpoint := _oldest(self._with_graphs)) is not None:
+            is_live = isinstance(checkpoint.graphs, LiveStep)
             self._turn_into_states(checkpoint)
+            while is_live and (checkpoint := _oldest_live(self._with_graphs)) is not None:
+                self._turn_into_states(checkpoint)  # a step of the live graph alone would free nothing
         elif self.policy != "stages" and (checkpoint := _oldest(self._with_stages)) is not None:
             checkpoint.drop_stages()
         elif self._slopes_are_spare:
@@ -329,6 +333,17 @@ class CheckpointStore:
         for ref in self._checkpoints:
             if (checkpoint := ref()) is not None:
                 checkpoint.drop_slope()
+
+
+def _oldest_live(refs: deque[weakref.ref[Checkpoint]]) -> Checkpoint | None:
+    while refs:
+        checkpoint = refs[0]()
+        if checkpoint is not None and not isinstance(checkpoint.graphs, LiveStep):
+            return None
+        refs.popleft()
+        if checkpoint is not None:
+            return checkpoint
+    return None
 
 
 def _oldest(refs: deque[weakref.ref[Checkpoint]]) -> Checkpoint | None:

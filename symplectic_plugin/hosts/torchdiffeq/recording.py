@@ -99,8 +99,9 @@ class Recording(ABC):
         implicit, handed_on = self.implicit_solve(), hands_on_slope(self)
         take_step = self.step_alone(Method(tableau, stage_times, _no_step, dense, keywords), dtypes[0])
         method = Method(tableau, stage_times, take_step, dense, keywords, handed_on, implicit)
-        field = self.func.field
+        field, y0 = self.func.field, self.y0
 
+        # Without a reference to the solver, which refers to the recorder and so to this.
         def demand(evaluation: Evaluation) -> Demand:
             slope, state = evaluation.slope, evaluation.argument
             if torch.promote_types(slope.dtype, state.dtype) != state.dtype:
@@ -110,7 +111,7 @@ class Recording(ABC):
                 )
             solving = 0 if implicit is None else implicit.require_equations(field, evaluation)
             keeps_slope = method.keeps_slope or (handed_on and field.draws)
-            return Demand(self.y0, tableau.stages, keeps_slope, outputs, steps, solving, method.evaluations)
+            return Demand(y0, tableau.stages, keeps_slope, outputs, steps, solving, method.evaluations)
 
         # Outputs may be made of slopes that are in no graph; beyond a jump the slope is evaluated anew.
         live = self.is_own and not dense.end_stage and implicit is None and getattr(self, "jump_t", None) is None

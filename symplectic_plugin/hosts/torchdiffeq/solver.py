@@ -186,9 +186,10 @@ class SymplecticAdjoint:
                 "that adjoint_params leaves out: they get none. Leave adjoint_params away to have them all.",
                 stacklevel=5,
             )
-        trajectory, live_steps = self.base.finish(places), self.base.recorder.live_steps
+        trajectory, live_steps = self.base.finish(places), self.base.recorder.live_prefix()
         if not trajectory.checkpoints:  # one time, or an event that is met at once
             return torch.stack([self.y0] * len(solution))
+        inputs = Inputs(self.y0, times.inputs, times)
         if live_steps:
-            return live_solution(solution, trajectory, live_steps, self.field)
-        return attach(solution, trajectory, self.field, Inputs(self.y0, times.inputs, times))
+            return live_solution(solution, trajectory, live_steps, self.field, inputs)
+        return attach(solution, trajectory, self.field, inputs)

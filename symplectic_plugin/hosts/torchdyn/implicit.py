@@ -17,6 +17,7 @@ from ...methods.newton import OPTIONS, NewtonOptions, tolerance_weights
 from ...methods.no_gradient import without_gradient
 from ...methods.stage_field import Layout, stage_field
 from ...methods.tableau import ButcherTableau
+from ...record.implicit_solve import ImplicitSolve, require_exact
 
 _ONE = torch.ones(1, dtype=torch.float64)
 
@@ -90,6 +91,15 @@ class ImplicitSolver(DiffEqSolver):
     def weights(self, layout: Layout) -> Callable[[Tensor], Tensor]:
         """What `ImplicitSolve` has by that name."""
         return functools.partial(tolerance_weights, layout, self.rtol, self.atol)
+
+    def implicit_solve(self, x: Tensor) -> ImplicitSolve:
+        """Return how the stages of a solve with an exact gradient are solved for, from a state x.
+
+        Raises:
+            ValueError: if not to rounding.
+        """
+        layout = self.layout(x)
+        return ImplicitSolve(self.method, require_exact(self.options), layout, self.weights(layout))
 
     def stage_times(self, t: Tensor, dt: Tensor) -> list[Tensor]:
         """The times of the stages of a step."""

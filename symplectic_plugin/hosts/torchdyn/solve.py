@@ -1,30 +1,33 @@
-"""What is known of a solve by torchdyn while its steps are taken, and the vector field as they call it."""
+"""What is known of a solve by torchdyn while its loop takes steps, and the vector field as the steps call it."""
 
 from __future__ import annotations
 
 import copy
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...field.compiled import Compiled
-from ...field.cotangents import NO_STAND_INS, wide
+from ...adjoint.live_solution import LiveWatch
+from ...adjoint.times import SolveTimes
+from ...field._torch_compat import saved_tensor_hooks_are_active
+from ...field.compiled import CompiledFunction
 from ...field.evaluation import Evaluation, require_slope
-from ...field.random_numbers import GeneratorStates
 from ...field.report import new_report
 from ...field.vector_field import VectorField
 from ...methods.tableau import ButcherTableau
-from ...record.checkpoints import Checkpoints
-from ...record.kept import Graph
-from ...record.saved import hooks_are_active
-from ...record.stage_graphs import StageGraphs
+from ...record.budget import Demand
+from ...record.checkpoint import Checkpoint
+from ...record.implicit_solve import ImplicitSolve
+from ...record.method import Method, NoOutputs, Reevaluation, Step, TakeStep
+from ...record.recorder import Plan, Recorder
 from ...record.storage import storage
-from ...record.trajectory import Step, TakeStep
+from ...record.store import CheckpointStore
+from ...record.trajectory import Trajectory
 from .implicit import ImplicitSolver
 from .methods import tableau_of
 
@@ -45,119 +48,152 @@ def require_size(t: float, h: float, dtype: torch.dtype) -> None:
 
 
 class Solve:
-    """What is known of the solve that a solver is taking steps of.
+    """A solve that a solver is taking steps of.
 
     Attributes:
-        goes_on: whether a step's graph may go on behind the state at its start, so that nothing is put around it.
+        function: the vector field, as torchdyn calls it.
+        watch: watches the backward passes through the live graph, if there is one.
+        tableau: coefficients of the method; None if it is not a Runge-Kutta method.
+        recorder: the solve's.
+        integral: the integral that is added to whatever is differentiated, if there is one.
+        may_draw: whether a step that is recomputed as a whole may draw random numbers.
     """
 
     def __init__(self) -> None:
-        self.reported: Any = None
         self.function: Any = None
-        self.field: VectorField | None = None
         self.tableau: ButcherTableau | None = None
-        self.discovered = False
-        self.goes_on = True
+        self.integral: Integral | None = None
         self.may_draw = True
-        self.checkpoints = Checkpoints()
-        self.compiled: Compiled | None = None
+        self.watch: LiveWatch | None = None
+        self._recorder: Recorder | None = None
         self._stepper: Any = None
-        self._slope_at_start: tuple[Any, Any] | None = None
+        self._slope_at_start: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+        # By the state at a step's end: its checkpoint. By a step's last slope: the state at its end.
+        self._checkpoints = WeakTensorKeyDictionary()
+        self._ends = WeakTensorKeyDictionary()
 
-    def enter(self, solver: Any, f: Any, x: Any) -> None:
-        """Begin with a vector field."""
+    @property
+    def recorder(self) -> Recorder:
+        """The solve's recorder."""
+        assert self._recorder is not None
+        return self._recorder
+
+    def enter(self, solver: Any, f: Any, x: Any, *, slope_is_given: bool) -> None:
+        """Begin with a vector field, from the state x, with the slope there if it is given."""
         self.function = f
         self.tableau = tableau_of(solver)
-        self.discovered = False
-        if self.tableau is not None and isinstance(x, Tensor):
-            self.compiled = Compiled(_with_whole_counts(f), solver.compile) if solver.compile else None
-            function = self.compiled or f
-            function = function if solver.loss is None else WithLoss(function, solver.loss, x.shape)
-            self.checkpoints = Checkpoints(solver.checkpoint, solver.memory_budget, storage(solver.offload, x.device))
-            if hooks_are_active():
-                self.checkpoints.only_states()
-            name = solver.name if isinstance(solver, ImplicitSolver) else solver.base.__name__
-            self.reported = new_report("torchdyn", name, self.checkpoints.policy)
-            self.field = VectorField(function, x.device, self.reported, solver.params, compiled=self.compiled)
-            self._stepper = copy.copy(solver)
-            self._stepper.__class__ = solver.base
-            self._stepper.__dict__.pop("solve")
+        if self.tableau is None or not isinstance(x, Tensor):
+            return
+        compiled = CompiledFunction(_with_whole_counts(f), solver.compile) if solver.compile else None
+        self.integral = None if solver.loss is None else Integral(compiled or f, solver.loss, x.shape)
+        store = CheckpointStore(solver.checkpoint, solver.memory_budget, storage(solver.offload, x.device))
+        if saved_tensor_hooks_are_active():
+            store.keep_states_alone()
+        implicit = _implicit_solve(solver, x)
+        name = solver.name if isinstance(solver, ImplicitSolver) else solver.base.__name__
+        report = new_report("torchdyn", name, store.policy)
+        field = VectorField(self.integral or compiled or f, x.device, report, solver.params, compiled=compiled)
+        self._stepper = copy.copy(solver)
+        self._stepper.__class__ = solver.base
+        self._stepper.__dict__.pop("solve")
+        tableau = self.tableau
+
+        def demand(evaluation: Evaluation) -> Demand:
+            keeps_slope = field.draws if implicit is None else slope_is_given
+            solving = 0 if implicit is None else implicit.require_equations(field, evaluation)
+            evaluations = tableau.stages if implicit is None else 0
+            return Demand(evaluation.argument, tableau.stages, keeps_slope, 2, None, solving, evaluations)
+
+        live = implicit is None and self.integral is None
+        plan = Plan(x, demand, may_be_live=live, live_share=0.5, live_by_host=True)
+        self._recorder = Recorder(field, store, self.method(implicit=implicit), plan)
+
+    def method(
+        self,
+        tableau: ButcherTableau | None = None,
+        stage_times: Any = None,
+        take_step: TakeStep | None = None,
+        *,
+        hands_on_slope: bool = False,
+        implicit: ImplicitSolve | None = None,
+    ) -> Method:
+        """Return the method of one step: torchdyn's times have shapes and dtypes that differ from step to step."""
+        tableau = tableau or self.tableau
+        assert tableau is not None
+        nothing: Sequence[dict[str, Any]] = [{}] * tableau.stages
+        take_step = take_step or _no_step
+        return Method(tableau, stage_times, take_step, NoOutputs(tableau.stages), nothing, hands_on_slope, implicit)
 
     def step_alone(self, t: Tensor, dt: Tensor, args: Any) -> TakeStep:
-        """The step from t of size dt, taken by torchdyn's own solver."""
-        stepper = self._stepper
+        """Return the step from t of size dt, taken by torchdyn's own solver."""
+        stepper, integral = self._stepper, self.integral
 
-        def take_step(
-            f: Callable[..., Tensor], _: Step, state: Tensor, slope: Tensor | None
-        ) -> tuple[Tensor, Tensor | None]:
-            _, end, _, *more = stepper.step(f, state, t, dt, k1=slope, args=args)
+        def take_step(f: Reevaluation, _: Step, state: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            function = f if integral is None else integral.unpadded(f)
+            unpad = (lambda x: x) if integral is None else integral.unpad
+            slope = None if slope is None else unpad(slope)
+            _, end, _, *more = stepper.step(function, unpad(state), t, dt, k1=slope, args=args)
+            if integral is not None:
+                return integral.pad(end), None
             return end, more[0][-1] if more else None
 
         return take_step
 
-    def taken_at_once(self, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> TakenAtOnce | None:
-        """A step with its graph by one program, as torchdyn takes it; None if there is none.
+    def trajectory(self, step: Step, method: Method, x: Tensor, end: Tensor | None) -> Trajectory:
+        """Return a trajectory of one step, from the state x, of which nothing is kept yet."""
+        previous = self._checkpoints.get(x, lambda: None)()
+        checkpoint = Checkpoint(self.recorder.store.budget, step, method, previous, end)
+        return Trajectory(method, self.recorder.store, [checkpoint])
 
-        Args:
-            x: the state at its start, where grad is enabled with a node of its own.
-            t, dt, k1, args: as torchdyn's step takes them.
-        """
-        compiled, field, tableau, stepper = self.compiled, self.field, self.tableau, self._stepper
-        # Numbers that a program draws are others than those that f does.
-        if compiled is None or field is None or tableau is None or not (self.discovered and compiled.is_compiled):
-            return None
-        if field.draws or field.stand_ins:
-            return None
-        key = f"step of torchdyn's {type(stepper).__name__}"
-        with field.autocast.again():
-            results = compiled.run(key, lambda: _step, stepper, compiled, x, t, dt, k1, args)
-        end, slopes = results[1], results[3] if len(results) > 3 else ()
-        if end.shape != x.shape or end.dtype != x.dtype:
-            self.compiled = None
-            return None  # f will say so
-        count = tableau.stages - (0 if k1 is None else 1)
-        field.report.evaluations += count
-        latest = Evaluation(x, t, x, {}, end, [slope for slope in slopes if slope is not k1], count)
-        return TakenAtOnce(results, self.checkpoints.bytes_of(field, latest), count)
+    def ended(self, trajectory: Trajectory, end: Tensor, last_slope: Tensor | None) -> None:
+        """Remember the state at a step's end, and its last slope if that is f there, for the step that follows."""
+        self._checkpoints[end] = weakref.ref(trajectory.checkpoints[0])
+        self.ended_with(end, last_slope)
+
+    def ended_with(self, end: Tensor, last_slope: Tensor | None) -> None:
+        """Remember a step's last slope, if it is f at the step's end."""
+        if last_slope is not None:
+            self._ends[last_slope] = weakref.ref(end)
+
+    def is_last_slope(self, slope: Tensor | None, state: Tensor) -> bool:
+        """Return whether the slope is the last one of the step that led to the state, and f there."""
+        return slope is not None and self._ends.get(slope, lambda: None)() is state
 
     def note(self, seconds: float) -> None:
-        """Take note of a step in the report."""
-        report, checkpoints = self.reported, self.checkpoints
+        """Note an accepted step in the report."""
+        report, budget = self.recorder.field.report, self.recorder.store.budget
         report.accepted += 1
         report.forward_seconds += seconds
-        report.checkpoint_bytes, report.graph_bytes = checkpoints.most_states, checkpoints.most_graphs
-        report.budget_bytes = checkpoints.budget
+        report.checkpoint_bytes, report.graph_bytes = budget.most_states, budget.most_graphs
+        report.budget_bytes = budget.total
 
     def note_slope_at_start(self, slope: Any, state: Tensor) -> None:
-        """Take note of a slope that was evaluated at a state, and will be handed to the step from there."""
-        if not isinstance(slope, Tensor):
-            return  # torchdyn, or the step, will say so
-        self._slope_at_start = weakref.ref(slope), weakref.ref(state)
+        """Note a slope that was evaluated at a state, and will be handed to the step from there."""
+        if isinstance(slope, Tensor):  # else torchdyn, or the step, will say so
+            self._slope_at_start = weakref.ref(slope), weakref.ref(state)
 
     def is_at_start(self, slope: Tensor | None, state: Tensor) -> bool:
-        """Whether the slope is the one that was noted, with this state."""
+        """Return whether the slope is the one that was noted, with this state."""
         if slope is None or self._slope_at_start is None:
             return False
         return self._slope_at_start[0]() is slope and self._slope_at_start[1]() is state
 
+    def watch_live(self, origin: Tensor, slope: Tensor) -> None:
+        """Watch the backward passes through the live graph, which begins in a state and the first slope from there."""
+        self.watch = LiveWatch(self.recorder.field.report, self.recorder.field.used, origin)
+        self.watch.check_before(slope)
 
-@dataclass(frozen=True)
-class TakenAtOnce:
-    """What a program returns of a step.
 
-    Args:
-        results: as torchdyn's step does.
-        size: the bytes that its graph keeps.
-        count: how many evaluations of f it made.
-    """
+def _implicit_solve(solver: Any, x: Tensor) -> ImplicitSolve | None:
+    return solver.implicit_solve(x) if isinstance(solver, ImplicitSolver) else None
 
-    results: Any
-    size: int
-    count: int
+
+def _no_step(*_: Any) -> Any:
+    raise AssertionError("a method without a step")
 
 
 def _with_whole_counts(f: Any) -> Any:
-    """The same, its counts of evaluations integers: as floats, torch.compile compiles anew for each."""
+    """Make a model's counts of evaluations integers: as floats, torch.compile compiles anew for each."""
     for module in f.modules() if isinstance(f, torch.nn.Module) else ():
         count: Any = getattr(module, "nfe", None)
         if type(module).__module__.startswith("torchdyn.core.") and type(count) is float:
@@ -165,15 +201,14 @@ def _with_whole_counts(f: Any) -> Any:
     return f
 
 
-def _step(stepper: Any, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
-    def checked(t: Tensor, x: Tensor) -> Tensor:
-        return require_slope(f(t, x), x)
+class Integral:
+    """The vector field and the integrand of a loss as one vector field, of the state, flattened, and the integral.
 
-    return stepper.step(checked, x, t, dt, k1=k1, args=args)
-
-
-class WithLoss:
-    """f and the integrand of a loss, as one vector field of the state, flattened, and the integral."""
+    Args:
+        f: the vector field.
+        loss: the integrand, `loss(t, x)`.
+        shape: the state's.
+    """
 
     def __init__(self, f: Any, loss: Any, shape: torch.Size) -> None:
         self.f = f
@@ -181,91 +216,81 @@ class WithLoss:
         self.shape = shape
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        state = x[:-1].view(self.shape)
-        slope = self.f(t, state)
+        state = self.unpad(x)
+        slope = require_slope(self.f(t, state), state)
         return torch.cat([slope.reshape(-1), self.loss(t, state).sum().reshape(1).to(slope)])
 
+    def pad(self, x: Tensor) -> Tensor:
+        """Return a state, or slope, with a zero integral."""
+        return torch.cat([x.reshape(-1), x.new_zeros(1)])
 
-class Evaluations:
-    """The vector field as a step calls it: without graphs, but for those that are kept or show what it depends on."""
+    def unpad(self, x: Tensor) -> Tensor:
+        """Return a state, or slope, without the integral."""
+        return x[:-1].view(self.shape)
 
-    def __init__(
-        self, solve: Solve, with_loss: bool, graph: Graph | None, want_time: bool, whole: bool = False
-    ) -> None:
-        self.solve = solve
-        self.with_loss = with_loss
-        self.want_time = want_time
-        self.draws: GeneratorStates | None = None
+    def unpadded(self, f: Any) -> Any:
+        """Return the vector field of the state alone, from the one with the integral."""
+        return lambda t, x: self.unpad(f(t, self.pad(x)))
+
+    def add_to(self, end: Tensor) -> Tensor:
+        """Return the state at a step's end such that whatever is differentiated has the integral added."""
+        return _AddIntegral.apply(end, self.shape)
+
+
+class _AddIntegral(torch.autograd.Function):
+    """The state without the integral, whose cotangent is one: the integral is added to whatever is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, end: Tensor, shape: torch.Size) -> Tensor:
+        return end[:-1].view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.cat([gradient.reshape(-1), gradient.new_ones(1)]), None
+
+
+class StepFunction:
+    """The vector field as one step of torchdyn's calls it.
+
+    Args:
+        solve: the solve.
+        origin: state at the step's start.
+
+    Attributes:
+        time_dtypes: dtypes of the times that the step has handed to f.
+    """
+
+    def __init__(self, solve: Solve, origin: Tensor) -> None:
+        self._solve = solve
+        self._recorder = solve.recorder
+        self._integral = solve.integral
+        self._origin = origin
         self.time_dtypes: list[torch.dtype] = []
-        self.stages: list[Tensor] = []
-        self.graph = graph
-        # Whether the step's graph goes on behind the state at its start; what its evaluations keep, and how many.
-        self.whole = whole
-        self.size = self.count = 0
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         self.time_dtypes.append(t.dtype)
-        field = self.solve.field
-        assert field is not None
-        field.report.evaluations += 1
-        argument = torch.cat([x.reshape(-1), x.new_zeros(1)]) if self.with_loss else x
-        if not self.solve.discovered:
-            slope = self._discover(field, t, x, argument)
-        else:
-            if field.draws and self.draws is None:
-                self.draws = field.generators.states()
-            if self.whole:
-                start = x.view_as(x)  # with a node, from which those of f are counted
-                return self._counted(field, Evaluation(x, t, start, {}, field.evaluate(t, start, {}, NO_STAND_INS)))
-            if self.graph is None:
-                slope = field(t, argument, {})
-            else:
-                slope = self.graph.evaluate(t.detach().clone(), argument, {})  # a copy: t may be changed in place
-                if not self.solve.checkpoints.has_room_for(self.graph):
-                    self.graph = None
-        self.stages.append(x.detach())  # it has a history if the step's graph was given up
-        return slope[:-1].view(x.shape) if self.with_loss else slope
-
-    def _discover(self, field: VectorField, t: Tensor, x: Tensor, argument: Tensor) -> Tensor:
-        """Evaluate f for the first time in a solve."""
-        solve = self.solve
-        assert solve.tableau is not None
-        before = field.generators.states()
-        evaluation = field.discover(t, argument, {}, self.want_time, with_history=self.whole)
-        self.draws = before if field.draws else None
-        solve.discovered = True
-        checkpoints, stages = solve.checkpoints, solve.tableau.stages
-        checkpoints.measure(field, evaluation, argument, stages, field.draws, outputs=2, evaluations=stages)
-        # Autograd sums in the tensors' precision: of half precision that is to be no long sum.
-        needed = argument.requires_grad or any(tensor.requires_grad for tensor in field.dependencies)
-        solve.goes_on = needed and all(wide(x.dtype) == x.dtype for x in (argument, *field.dependencies))
-        self.whole = self.whole and solve.goes_on and checkpoints.may_lend(stages)
-        if self.whole:
-            return self._counted(field, evaluation)
-        wanted = not field.stand_ins and checkpoints.wants_graphs(stages)
-        if wanted and isinstance(self.graph, StageGraphs):
-            self.graph.stand_ins = field.stand_ins
-            self.graph.add(evaluation)
-        elif wanted and self.graph is not None and not self.graph.slopes:
-            self.graph.take(evaluation, field.stand_ins)
-        else:
-            self.graph = None
-        return evaluation.slope.detach()
-
-    def _counted(self, field: VectorField, evaluation: Evaluation) -> Tensor:
-        """The slope that was evaluated in a step with its graph."""
-        self.size += self.solve.checkpoints.bytes_of(field, evaluation)
-        self.count += 1
-        return evaluation.slope
+        if self._integral is None:
+            slope = self._recorder.evaluate_stage(t, x, {})
+            if self._solve.watch is None and self._recorder.step_is_live:
+                self._solve.watch_live(self._origin, slope)
+            return slope
+        return self._integral.unpad(self._recorder.evaluate_stage(t, self._integral.pad(x), {}))
 
 
 class StageTimes:
-    """The times that torchdyn hands to f in a step."""
+    """The times that torchdyn hands to f in a step.
+
+    Args:
+        c: times of the stages in units of the step.
+        shape: of a time.
+        dtypes: of the stages' times: double-precision coefficients make one of a single-precision time.
+        device: of the times.
+    """
 
     def __init__(self, c: list[float], shape: torch.Size, dtypes: list[torch.dtype], device: torch.device) -> None:
         self.c = c
         self.shape = shape
-        self.dtypes = dtypes  # coefficients in double precision make a time of it of one in single precision
+        self.dtypes = dtypes
         self.device = device
 
     def __call__(self, steps: Sequence[Step]) -> list[list[Tensor]]:
@@ -276,3 +301,9 @@ class StageTimes:
             ]
             for step in steps
         ]
+
+
+def times_of_step(_: Trajectory, t: Tensor, dt: Tensor) -> SolveTimes:
+    """Return the times of a trajectory of one step as functions of its start and size."""
+    start = t.reshape(1).double()
+    return SolveTimes(start, dt.reshape(1).double(), start[:0])

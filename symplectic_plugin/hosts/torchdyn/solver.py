@@ -7,37 +7,31 @@ Runge-Kutta method is taken without a graph and gets its gradient from the adjoi
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
-from ...adjoint.step_gradient import attach_step
-from ...adjoint.whole_graph import watch
-from ...field.compiled import evaluated_as_it_is, not_compiled
+from ...adjoint.function import Inputs, attach_step
+from ...field.compiled import not_compiled
 from ...field.evaluation import require_slope
+from ...field.graphs import mark_as_solve
 from ...field.random_numbers import Generators
-from ...field.witness import Addresses, refuse_transforms
+from ...field.witness import refuse_transforms
 from ...methods.tableau import read_rounded_tableau
-from ...record.checkpoints import Checkpoints
-from ...record.kept import Graph, Kept
-from ...record.stage_graphs import StageGraphs
-from ...record.step_graph import StepGraph
-from ...record.trajectory import NoOutputs, Step, Trajectory
+from ...record.method import Method, Step
+from ...record.store import CheckpointStore
 from . import step_sizes
 from .implicit import METHODS, ImplicitSolver
 from .methods import is_torchdyns, step_function
-from .solve import NAME, Evaluations, Solve, StageTimes, TakenAtOnce, require_size
+from .solve import NAME, Solve, StageTimes, StepFunction, require_size, times_of_step
 from .step_sizes import SolverOrder
 
 
@@ -69,7 +63,7 @@ class SymplecticAdjoint:
         base: Any = SOLVER_DICT[cls.solver]
         solver = _implicit_euler(dtype, **options) if base is ImplicitEuler else base(dtype, **options)
         result = with_adjoint(solver, adjoint_params)
-        Checkpoints(checkpoint, memory_budget)  # refuses what is no policy or no budget
+        CheckpointStore(checkpoint, memory_budget)  # refuses what is no policy or no budget
         result.checkpoint, result.memory_budget, result.offload = checkpoint, memory_budget, offload
         result.compile = compile
         return result
@@ -154,6 +148,49 @@ def _restored(base: Any) -> Any:
     return result
 
 
+class _Taken(NamedTuple):
+    """A step of torchdyn's as it was taken.
+
+    Args:
+        t, dt: start and size, as torchdyn has them.
+        k1: first slope, if it was handed on.
+        args: further arguments of the step.
+        function: the vector field that the step has called.
+        t0, h: start and size as numbers.
+    """
+
+    t: Tensor
+    dt: Tensor
+    k1: Tensor | None
+    args: Any
+    function: StepFunction
+    t0: float
+    h: float
+
+
+_MARKED = 32
+"""One of so many steps of a live graph is marked as a solve's: `is_alive` then looks at no more steps than that. Not
+each, since marking makes Python see a node."""
+
+
+def _live_step(solve: Solve, end: Tensor, more: list[Any]) -> tuple[Any, ...]:
+    """End a step of the live graph, around which nothing has to be put: return its end and slopes."""
+    recorder, watch = solve.recorder, solve.watch
+    evaluations = recorder.end_live_step()
+    if watch is not None and end.requires_grad:
+        watch.add(evaluations)
+        end = watch.begin_at(end)
+        if recorder.field.report.accepted % _MARKED == 0:
+            mark_as_solve(end)
+    if not more:
+        return (end,)
+    (slopes,) = more
+    if solve.tableau is not None and solve.tableau.first_same_as_last:
+        slopes = (*slopes[:-1], slopes[-1].view_as(slopes[-1]))  # it may be a tensor of the user's that f returned
+        solve.ended_with(end, slopes[-1])
+    return end, slopes
+
+
 class AdjointSteps:
     """Mixed into a solver class of torchdyn's: steps with an exact gradient."""
 
@@ -190,7 +227,7 @@ class AdjointSteps:
 
     @not_compiled
     def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None) -> Any:
-        """torchdyn's step, with a gradient for the state, the time and size, the slope handed on, and all f depends on.
+        """Take torchdyn's step, with a gradient for the state, the time and size, the slope handed on, and f.
 
         Raises:
             ValueError: if the step can't be differentiated.
@@ -199,148 +236,95 @@ class AdjointSteps:
             return super().step(f, x, t, dt, k1=k1, args=args)  # type: ignore[misc]
         solve: Solve = self.__dict__["solve"]
         if solve.function is not f:
-            solve.enter(self, f, x)
+            solve.enter(self, f, x, slope_is_given=k1 is not None)
         # What a user's own step does with `args` is not known, so the tableau that was read without them says nothing.
         unknown = solve.tableau is None or (args and not is_torchdyns(self))
         if unknown or not isinstance(x, Tensor) or t.numel() != 1 or dt.numel() != 1:
             return self._recomputed_step(f, x, t, dt, k1, args)
-        return self._runge_kutta_step(solve, f, x, t, dt, k1, args)
+        return self._runge_kutta_step(solve, x, t, dt, k1, args)
 
-    def _runge_kutta_step(
-        self, solve: Solve, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any
-    ) -> Any:
-        """A step with its graph, where memory allows; or taken without one, the adjoint sweep its backward pass."""
-        assert solve.field is not None
-        assert solve.tableau is not None
+    def _runge_kutta_step(self, solve: Solve, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
+        """Take a step as a part of the live graph, where memory allows; or without a graph, for the adjoint sweep."""
         refuse_transforms()
-        t0, h = t.item(), dt.item()
+        begin = time.perf_counter()
+        t0, h, recorder, integral = t.item(), dt.item(), solve.recorder, solve.integral
         if k1 is not None:
             require_size(t0, h, dt.dtype)
-        field, with_loss = solve.field, self.loss is not None
+        if t.requires_grad or dt.requires_grad:
+            recorder.want_time()
         given = None if k1 is None else require_slope(k1, x).detach()
-        graph: Graph | None = None
-        want_time, wanted = t.requires_grad or dt.requires_grad, solve.checkpoints.wants_graphs(solve.tableau.stages)
-        whole = not (with_loss or want_time) and solve.goes_on and solve.checkpoints.may_lend(solve.tableau.stages)
-        # There are no times in a step's graph of ours, nor coefficients as one step rounds them.
-        if whole or with_loss or not wanted:
-            pass
-        elif not want_time and t.dtype == dt.dtype == x.abs().dtype:
-            graph = StepGraph(field, solve.tableau, x, h, given)
-        else:
-            graph = StageGraphs(field, x.detach(), given, want_time)
-        evaluate = Evaluations(solve, with_loss, graph, want_time, whole)
-        begin = time.perf_counter()
-        state, slope = (x, k1) if whole else (x.detach(), given)
-        if whole and field.report.is_seen and x.requires_grad:
-            state = x.view_as(x)  # where the step's graph ends, for its backward pass to be timed
-        if whole and solve.compiled is not None:
-            start = x.view_as(x)  # with a node, from which those of the step are counted
-            if (taken := solve.taken_at_once(start, t.detach(), dt.detach(), slope, args)) is not None:
-                _, end, error, *more = taken.results
-                error = error.detach() if isinstance(error, Tensor) else error
-                return self._whole_step(solve, taken, start, end, error, more, begin)
-        # The first of a solve's steps shows what f depends on; those after it are programs of their own.
-        as_it_is = evaluated_as_it_is() if whole and not solve.discovered else contextlib.nullcontext()
-        with torch.set_grad_enabled(whole), as_it_is:
+        state = x if integral is None else integral.pad(x)
+        recorder.begin_step(state, given if given is None or integral is None else integral.pad(given), h)
+        live = recorder.is_live
+        arguments = (x, k1) if live else (x.detach(), given)
+        if live and recorder.field.report.is_seen and x.requires_grad:
+            arguments = x.view_as(x), k1  # a node of its own, for the backward pass to be timed
+        function = StepFunction(solve, arguments[0])
+        with torch.set_grad_enabled(live):
             _, end, error, *more = super().step(  # type: ignore[misc]
-                evaluate, state, t.detach(), dt.detach(), k1=slope, args=args
+                function, arguments[0], t.detach(), dt.detach(), k1=arguments[1], args=args
             )
         error = error.detach() if isinstance(error, Tensor) else error  # the control of step sizes has no gradient
-        if evaluate.whole:
-            return self._whole_step(solve, evaluate, state, end, error, more, begin)
-        end, more = end.detach(), [tuple(stage.detach() for stage in stages) for stages in more]
-        # Where the first slope was evaluated just before, or is the last one of the step that led here, it can be
-        # evaluated again, unless f draws random numbers for it.
-        at_start = solve.is_at_start(k1, x)
-        of_step_before = k1 is not None and getattr(k1, "symplectic_adjoint_state", lambda: None)() is x
-        recomputed = (at_start or of_step_before) and not field.draws
-        fresh = k1 is None or (recomputed and at_start)
-        step = Step(t0, t0 + h, h, not fresh, {}, None, evaluate.draws)
-        tableau = solve.tableau
-        if h != 0 and not t.dtype == dt.dtype == x.abs().dtype:
-            tableau = read_rounded_tableau(step_function(self), tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
-        dtypes = [*([] if k1 is None else [t.dtype]), *evaluate.time_dtypes]
-        stage_times = StageTimes(tableau.c.tolist(), t.shape, dtypes, t.device)
-        trajectory = Trajectory(
-            tableau, not fresh, [{}] * tableau.stages, NoOutputs(tableau.stages), stage_times,
-            solve.step_alone(t.detach(), dt.detach(), args), solve.checkpoints, steps=[step],
-        )  # fmt: skip
-        kept = self._kept(solve, evaluate, trajectory, x, None if recomputed else k1, k1 is not None, end.detach())
-        trajectory = replace(trajectory, kept=[kept])
-        stages = more[0] if more else ()
-        evaluated = {i: stage for i, stage in enumerate(stages) if i > 0 or k1 is None}
-        end, slopes = attach_step(end, evaluated, trajectory, field, x, (t, dt), None if fresh else k1, with_loss)
-        end.symplectic_adjoint_step = weakref.ref(kept)  # type: ignore[attr-defined]
+        if recorder.step_is_live:
+            end, *more = _live_step(solve, end, more)
+        else:
+            more = [tuple(slope.detach() for slope in slopes) for slopes in more]
+            step = _Taken(t, dt, k1, args, function, t0, h)
+            end, *more = self._swept_step(solve, step, (x, state), end.detach(), more)
         solve.note(time.perf_counter() - begin)
-        if not more:
-            return None, end, error
-        stages = tuple(slopes.get(i, k1) for i in range(len(stages)))
-        if tableau.first_same_as_last:
-            stages[-1].symplectic_adjoint_state = weakref.ref(end)
-        return stages[-1], end, error, stages
+        return (None, end, error) if not more else (more[0][-1], end, error, *more)
 
-    def _whole_step(
-        self,
-        solve: Solve,
-        made: Evaluations | TakenAtOnce,
-        x: Tensor,
-        end: Tensor,
-        error: Any,
-        more: list[Any],
-        begin: float,
-    ) -> Any:
-        """A step with its graph, which nothing has to be put around: as torchdyn returned it, but for the error.
+    def _swept_step(
+        self, solve: Solve, taken: _Taken, start: tuple[Tensor, Tensor], end: Tensor, more: list[Any]
+    ) -> tuple[Any, ...]:
+        """Give a step that was taken without a graph its gradient.
 
         Args:
-            made: what is known of its evaluations.
-            x, end: the states at its start and end.
-            error: its error estimate, without a graph.
+            solve: the solve.
+            taken: the step.
+            start: state at the step's start, and the same with the integral.
+            end: state at its end.
             more: its slopes, if torchdyn returned them.
-            begin: when it began.
+
+        Returns:
+            The state at its end, and the slopes if torchdyn returned them.
         """
-        assert solve.field is not None
-        if end.requires_grad:
-            lent = solve.checkpoints.lend(made.size)
-            watch(end, x, solve.field.report, made.count, Addresses(solve.field.used), lent)
-        solve.note(time.perf_counter() - begin)
+        recorder, integral, (x, state), k1 = solve.recorder, solve.integral, start, taken.k1
+        step, method, slope_is_kept = self._method(solve, taken, x, end)
+        padded = (lambda y: y) if integral is None else integral.pad
+        trajectory = solve.trajectory(step, method, x, end if integral is None else None)
+        recorder.keep(trajectory.checkpoints[0], state, k1 if slope_is_kept else None, None)
+        slopes = more[0] if more else ()
+        evaluated = {i: padded(slope) for i, slope in enumerate(slopes) if i > 0 or k1 is None}
+        inputs = Inputs(state, (taken.t, taken.dt), times_of_step, k1 if step.slope_handed_on else None)
+        end, evaluated = attach_step(padded(end), evaluated, trajectory, recorder.field, inputs)
+        if integral is not None:
+            end, evaluated = integral.add_to(end), {i: integral.unpad(slope) for i, slope in evaluated.items()}
         if not more:
-            return None, end, error
-        (stages,) = more
-        if solve.tableau is not None and solve.tableau.first_same_as_last:
-            stages = (*stages[:-1], stages[-1].view_as(stages[-1]))  # it may be a tensor of the user's that f returned
-            stages[-1].symplectic_adjoint_state = weakref.ref(end)
-        return stages[-1], end, error, stages
+            solve.ended(trajectory, end, None)
+            return (end,)
+        slopes = tuple(evaluated.get(i, k1) for i in range(len(slopes)))
+        solve.ended(trajectory, end, slopes[-1] if method.tableau.first_same_as_last else None)
+        return end, slopes
 
-    def _kept(
-        self,
-        solve: Solve,
-        evaluate: Evaluations,
-        trajectory: Trajectory,
-        x: Tensor,
-        slope: Tensor | None,
-        given: bool,
-        end: Tensor,
-    ) -> Kept:
-        """What is kept of a step.
-
-        Args:
-            x: the state at its start.
-            slope: the slope there, if it has to be kept.
-            given: whether that was not evaluated in the step.
-            end: the state at its end, without a graph.
-        """
-        checkpoints, field = solve.checkpoints, solve.field
-        assert field is not None
-        previous = None if self.loss is not None else getattr(x, "symplectic_adjoint_step", lambda: None)()
-        stages: list[Tensor] | None = None
-        graph, size = evaluate.graph, 0
-        if graph is not None:
-            size = checkpoints.size_of(graph)
-        elif self.loss is None and evaluate.draws is None and checkpoints.wants_stages():
-            stages = evaluate.stages[0 if given else 1 :]
-        kept = Kept(previous, x, slope, stages, graph, trajectory, end)
-        checkpoints.add(kept, size, trajectory.steps[0].draws_size)
-        return kept
+    def _method(self, solve: Solve, taken: _Taken, x: Tensor, end: Tensor) -> tuple[Step, Method, bool]:
+        """Return a step as it was taken, from x to its end, its method, and whether its first slope must be kept."""
+        t, dt, k1, recorder, tableau = taken.t, taken.dt, taken.k1, solve.recorder, solve.tableau
+        assert tableau is not None
+        # Where the first slope was evaluated just before, or is the last one of the step that led here, it can be
+        # evaluated again, unless f draws random numbers for it. The integrand is evaluated nowhere else.
+        at_start = solve.is_at_start(k1, x)
+        can_be_recomputed = (at_start or solve.is_last_slope(k1, x)) and not recorder.field.draws
+        fresh = k1 is None or solve.integral is not None or (can_be_recomputed and at_start)
+        step = Step(taken.t0, taken.t0 + taken.h, taken.h, not fresh, {}, None, recorder.draws)
+        if taken.h != 0 and not t.dtype == dt.dtype == x.abs().dtype:
+            rounded = step_function(self)
+            tableau = read_rounded_tableau(rounded, tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
+        dtypes = [*([] if k1 is None else [t.dtype]), *taken.function.time_dtypes]
+        stage_times = StageTimes(tableau.c.tolist(), t.shape, dtypes, t.device)
+        take_step = solve.step_alone(t.detach(), dt.detach(), taken.args)
+        method = solve.method(tableau, stage_times, take_step, hands_on_slope=not fresh)
+        return step, method, not fresh and not can_be_recomputed
 
     def _recomputed_step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Tensor | None, args: Any) -> Any:
         """A step that is not a Runge-Kutta step: its graph is made again when its turn comes."""
