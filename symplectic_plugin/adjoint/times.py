@@ -76,6 +76,7 @@ class StepTimeCotangents:
     def add_stage_time(self, c: float, tau: Tensor | None) -> None:
         """Add the cotangent of the time of a stage at c, None for zero."""
         if tau is not None:
+            tau = tau.reshape(())  # torchdyn's times have one element
             self.start = self.start + tau
             self.size = self.size + c * tau
 

@@ -200,6 +200,8 @@ class Recorder:
     def _may_stay_live(self, evaluation: Evaluation) -> bool:
         # Within a graph autograd sums in the tensors' precision: of half precision that is to be no long sum.
         is_wide = all(wide(x.dtype) == x.dtype for x in (evaluation.argument, *self.field.dependencies))
+        if self.plan.live_by_host and not any(x.requires_grad for x in (self.plan.initial, *self.field.dependencies)):
+            return False  # the host would return a graph that leads nowhere
         return is_wide and not self.field.left_out and self._has_room_for_live_step(0)
 
     def _has_room_for_live_step(self, taken: int) -> bool:

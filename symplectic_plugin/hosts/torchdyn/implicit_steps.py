@@ -44,8 +44,7 @@ class ImplicitAdjointSteps(AdjointSteps):
 def _step(solver: Any, solve: Solve, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> Any:
     refuse_transforms()
     begin = time.perf_counter()
-    recorder, implicit = solve.recorder, solve.recorder.trajectory.method.implicit
-    assert implicit is not None
+    recorder, implicit = solve.recorder, solver.implicit_solve(x)  # a loop may change the shape of the state
     field, tableau, state = recorder.field, solver.method.tableau, x.detach()
     if t.requires_grad or dt.requires_grad:
         recorder.want_time()

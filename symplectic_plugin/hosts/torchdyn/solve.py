@@ -141,7 +141,8 @@ class Solve:
 
     def trajectory(self, step: Step, method: Method, x: Tensor, end: Tensor | None) -> Trajectory:
         """Return a trajectory of one step, from the state x, of which nothing is kept yet."""
-        previous = self._checkpoints.get(x, lambda: None)()
+        # With an integral, the state at a step's start lacks the integral that the step before ends in.
+        previous = self._checkpoints.get(x, lambda: None)() if self.integral is None else None
         checkpoint = Checkpoint(self.recorder.store.budget, step, method, previous, end)
         return Trajectory(method, self.recorder.store, [checkpoint])
 
