@@ -84,9 +84,7 @@ def assert_exact(
     assert max(found.values()) <= bound, found
 
 
-def assert_same(
-    actual: Iterable[Tensor | None], expected: Iterable[Tensor | None], bound: float = EXACT
-) -> None:
+def assert_same(actual: Iterable[Tensor | None], expected: Iterable[Tensor | None], bound: float = EXACT) -> None:
     """Compare tensors one by one, by the relative error of each. None is the same as None alone."""
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours is None) == (theirs is None)

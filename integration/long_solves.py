@@ -48,7 +48,9 @@ def solve(host: str, method: str, steps: int, field: Field, **options: Any) -> T
     y0 = torch.ones(4, 2)
     if host == "torchdiffeq":
         options = {"step_size": 1 / steps, **options}
-        return torchdiffeq.odeint(field, y0, torch.linspace(0, 1, 3), method=f"symplectic_adjoint:{method}", options=options)
+        return torchdiffeq.odeint(
+            field, y0, torch.linspace(0, 1, 3), method=f"symplectic_adjoint:{method}", options=options
+        )
     from torchdyn.numerics import odeint
     from torchdyn.numerics.solvers.ode import SOLVER_DICT
 

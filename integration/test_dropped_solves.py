@@ -7,16 +7,15 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 pytest.importorskip("torchdyn")
 
+from symplectic_plugin.record import defaults
 from symplectic_plugin.record.checkpoints import POLICIES
 
 from .fields import Y0, T, mlp
 from .hosts import KEPT, SOLVERS, solve
-from symplectic_plugin.record import defaults
 
 
 class Sentinel:
