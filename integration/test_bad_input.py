@@ -102,7 +102,7 @@ TABLE = {
     "a slope less precise than the state": Bad(returning(Tensor.float), bound=3e-6),
     "a slope less precise later on": Bad(returning(Tensor.float, after=0.5), bound=3e-6),
     "a slope more precise than the state": Bad(
-        returning(Tensor.double), y0=Y0.float(), t=T.float(), solvers=TORCHDIFFEQ, refused="return the state's dtype"
+        lambda w: lambda t, y: -y.double(), y0=Y0.float(), solvers=TORCHDIFFEQ, refused="return the state's dtype"
     ),
     "a complex slope": Bad(returning(lambda k: k + 0j), refused=dict.fromkeys(TORCHDIFFEQ, "return the state's dtype")),
     "an integer slope": Bad(returning(lambda k: (3 * k).long())),
