@@ -22,7 +22,7 @@ STEPS = {"main": 50_000, "thread": 5_000}
 SMALL_STACK = 512 * 1024
 
 
-class Interrupted(Exception):
+class InterruptedByFieldError(Exception):
     """Raised by f after as many evaluations as it was told."""
 
 
@@ -39,7 +39,7 @@ class Field(nn.Module):
         if self.evaluations_left:
             self.evaluations_left[0] -= 1
             if self.evaluations_left[0] < 0:
-                raise Interrupted
+                raise InterruptedByFieldError
         return self.net(y)
 
 
@@ -85,7 +85,7 @@ def interrupted(host: str, method: str, steps: int, **options: Any) -> None:
     field.evaluations_left.append(steps - 10)
     try:
         solve(host, method, steps, field, **options)
-    except Interrupted:
+    except InterruptedByFieldError:
         return
     raise AssertionError("f did not raise")
 

@@ -402,9 +402,8 @@ class TestSolvers:
             model = ODEProblem(field, EulerOfDicts(), sensitivity=way, optimizable_params=())
             times, sol = model.odeint(x, T)
             assert torch.equal(times, T)
-            found.append(
-                [sol["a"].detach(), sol["b"].detach(), *torch.autograd.grad((sol["a"] ** 2).sum() + sol["b"].sum(), w)]
-            )
+            (gradient,) = torch.autograd.grad((sol["a"] ** 2).sum() + sol["b"].sum(), w)
+            found.append([sol["a"].detach(), sol["b"].detach(), gradient])
         assert_same(found[1], found[0])
 
     @pytest.mark.usefixtures("kept")
