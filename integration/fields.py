@@ -60,6 +60,36 @@ class Rational(nn.Module):
         return slope + self.constant * torch.sin(self.rate * t)
 
 
+class StiffField(nn.Module):
+    """A stiff linear part with rates up to `stiffness`, and a nonlinear one; both depend on time.
+
+    It decays in the direction of time that `t`, if given, goes in.
+    """
+
+    def __init__(self, size: int, seed: int, stiffness: float = 100.0, t: Tensor | None = None) -> None:
+        super().__init__()
+        sign = -1 if t is not None and t[-1] < t[0] else 1
+        random = torch.Generator().manual_seed(seed)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=random, dtype=torch.float64))
+
+        rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))
+        rates = -(stiffness ** torch.linspace(0, 1, size, dtype=torch.float64))
+        self.linear = nn.Parameter(sign * rotation * rates @ rotation.T)
+        self.w1, self.wt, self.w2 = parameter(4, size), parameter(4), parameter(size, 4)
+        self.w2.data *= 0.3
+
+    def stiff(self, t: Tensor, x: Tensor) -> Tensor:
+        return (x - torch.cos(3 * t)) @ self.linear.T + 0.1 * torch.sin(x) * t
+
+    def nonstiff(self, t: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w1.T + t * self.wt) @ self.w2.T
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.stiff(t, x) + self.nonstiff(t, x)
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[nn.Module, Tensor, torch.Generator]:
     """A vector field, an initial state, and a source of more random numbers."""

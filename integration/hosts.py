@@ -15,6 +15,7 @@ import torchdiffeq
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS as REGISTRY
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from symplectic_plugin.record import defaults
 
@@ -30,6 +31,12 @@ FIXED = tuple(name for name, solver in _OWN.items() if solver.__module__ == "tor
 EXPLICIT = ADAPTIVE + FIXED
 MULTISTEP = tuple(name for name, solver in _OWN.items() if solver.__module__.endswith(("fixed_adams", "scipy_wrapper")))
 """torchdiffeq's methods that are no one-step methods."""
+
+IMPLICIT = tuple(name for name in REGISTRY if f"{FLAG}:{name}" in REGISTRY and name not in EXPLICIT)
+"""Implicit methods that the flag takes with torchdiffeq; those in two parts are for torchdiffeq alone."""
+IMPLICIT_FIXED = tuple(name for name in IMPLICIT if issubclass(REGISTRY[name], FixedGridODESolver))
+IMPLICIT_ADAPTIVE = tuple(name for name in IMPLICIT if name not in IMPLICIT_FIXED)
+ADDITIVE = tuple(name for name in IMPLICIT if name.endswith("_imex"))
 
 TORCHDIFFEQ = ("torchdiffeq dopri5", "torchdiffeq rk4")
 TORCHDYN = ("torchdyn tsit5", "torchdyn rk4")
@@ -73,11 +80,11 @@ def given_steps(method: str, size: float = 0.1, held: bool = False) -> dict[str,
     """Return torchdiffeq's options for a first step, or for all steps, of a size.
 
     Args:
-        method: one of `EXPLICIT`.
+        method: one of `EXPLICIT` or `IMPLICIT`.
         size: of the first step of an adaptive method, of all of another.
         held: whether an adaptive method is to take no longer ones either.
     """
-    if method in FIXED:
+    if method in FIXED + IMPLICIT_FIXED:
         return {"step_size": size}
     return {"first_step": size, "max_step": size} if held else {"first_step": size}
 
@@ -114,13 +121,13 @@ def solve(solver: str, flag: bool, field: Any, y0: Tensor, t: Tensor, **options:
     host, method = solver.split()
     name = f"{FLAG}:{method}" if flag else method
     if host == "torchdiffeq":
-        options = options if method in FIXED else {"first_step": 0.1, **options}
+        options = options if method in FIXED + IMPLICIT_FIXED else {"first_step": 0.1, **options}
         return torchdiffeq.odeint(field, y0, t, method=name, rtol=1e-4, atol=1e-4, options=options)
     from torchdyn.numerics import odeint
     from torchdyn.numerics.solvers.ode import SOLVER_DICT
 
     chosen = SOLVER_DICT[name](y0.dtype, **options) if options else name
-    tolerances = {"atol": 1e-4, "rtol": 1e-4} if method in ("tsit5", "dopri5") else {}
+    tolerances = {"atol": 1e-4, "rtol": 1e-4} if method in ("tsit5", *ADAPTIVE, *IMPLICIT_ADAPTIVE) else {}
     with contextlib.nullcontext() if flag else constant_first_step():
         return odeint(field, y0, t, solver=chosen, **tolerances)[1]
 
