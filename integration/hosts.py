@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -96,11 +97,17 @@ def least_budget(solve: Callable[[int], Any]) -> int:
     return int(str(error.value).split("needs at least ")[1].split()[0])
 
 
+_PATCHING = threading.RLock()
+
+
 @contextlib.contextmanager
 def constant_first_step() -> Iterator[None]:
-    """Take from torchdyn's backpropagation the gradient that it carries through the choice of the first step size."""
+    """Take from torchdyn's backpropagation the gradient that it carries through the choice of the first step size.
+
+    One thread at a time, since what is patched is torchdyn's for all of them.
+    """
     module: Any = sys.modules["torchdyn.numerics.odeint"]
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    with _PATCHING, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(module, "init_step", torch.no_grad()(module.init_step))
         yield
