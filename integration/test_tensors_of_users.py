@@ -88,7 +88,7 @@ def test_what_a_step_returns(name, way, what) -> None:
 
 
 class Seeing(nn.Module):
-    """A field that keeps every tensor that it is given and every one that it returns; at the end it returns a parameter."""
+    """A field that keeps all tensors that it is given and returns; at the end it returns a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
