@@ -1,37 +1,21 @@
-"""Vector fields, solves and comparisons for the tests of the real hosts."""
+"""Vector fields, initial states and times for the tests of the real hosts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import pytest
 import torch
-import torchdiffeq
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchdiffeq._impl.odeint import SOLVERS
-
-ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
-FIXED = tuple(name for name in ("euler", "midpoint", "heun2", "heun3", "rk4") if name in SOLVERS)  # 0.2.3 has no heun
 
 
-def takes_complex_states() -> bool:
-    """Whether this torchdiffeq does: 0.2.3 does not."""
-    try:
-        torchdiffeq.odeint(lambda t, y: y, torch.ones(1, dtype=torch.complex64), torch.tensor([0.0, 1.0]))
-    except TypeError:
-        return False
-    return True
+def random(*shape: int, seed: int = 2) -> Tensor:
+    """Return numbers from a normal distribution, in double precision; the same ones each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-callbacks_and_limits = pytest.mark.skipif(
-    not hasattr(torchdiffeq._impl.misc, "_null_callback"),
-    reason="this torchdiffeq has neither callbacks nor limits of the step size",
-)
-"""For tests that need what torchdiffeq 0.2.3 does not have."""
-
-complex_states = pytest.mark.skipif(not takes_complex_states(), reason="this torchdiffeq takes no complex states")
+T = torch.linspace(0, 1, 4, dtype=torch.float64)
+"""Times of many tests, shape (4,)."""
+Y0 = random(3, 2, seed=1)
+"""Initial state of many tests: a batch of 3, of size 2."""
 
 
 class MLP(nn.Module):
@@ -55,6 +39,11 @@ class MLP(nn.Module):
         return torch.cos(2 * t) * (hidden @ self.w2.T + self.b2) + self.frozen * y
 
 
+def mlp(seed: int = 0, size: int = 2, hidden: int = 8) -> MLP:
+    """Return a small network for states of a size."""
+    return MLP(size, hidden, torch.Generator().manual_seed(seed))
+
+
 class Rational(nn.Module):
     """A rational function of the state and of time, which grows no faster than linearly: solutions stay finite."""
 
@@ -69,6 +58,36 @@ class Rational(nn.Module):
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         slope = 0.3 * y @ self.linear + (0.05 * self.quadratic * y**2 - 0.02 * y**3) / (1 + 0.1 * y**2)
         return slope + self.constant * torch.sin(self.rate * t)
+
+
+class StiffField(nn.Module):
+    """A stiff linear part with rates up to `stiffness`, and a nonlinear one; both depend on time.
+
+    It decays in the direction of time that `t`, if given, goes in.
+    """
+
+    def __init__(self, size: int, seed: int, stiffness: float = 100.0, t: Tensor | None = None) -> None:
+        super().__init__()
+        sign = -1 if t is not None and t[-1] < t[0] else 1
+        random = torch.Generator().manual_seed(seed)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=random, dtype=torch.float64))
+
+        rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))
+        rates = -(stiffness ** torch.linspace(0, 1, size, dtype=torch.float64))
+        self.linear = nn.Parameter(sign * rotation * rates @ rotation.T)
+        self.w1, self.wt, self.w2 = parameter(4, size), parameter(4), parameter(size, 4)
+        self.w2.data *= 0.3
+
+    def stiff(self, t: Tensor, x: Tensor) -> Tensor:
+        return (x - torch.cos(3 * t)) @ self.linear.T + 0.1 * torch.sin(x) * t
+
+    def nonstiff(self, t: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w1.T + t * self.wt) @ self.w2.T
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.stiff(t, x) + self.nonstiff(t, x)
 
 
 @st.composite
@@ -91,51 +110,3 @@ def output_times(draw: st.DrawFn, duration: float) -> Tensor:
     t = torch.cat([torch.zeros(1, dtype=torch.float64), torch.tensor(gaps, dtype=torch.float64).cumsum(0)])
     t = draw(st.floats(-1.0, 1.0)) + t * (duration / t[-1] if count > 1 else 1.0)
     return t.flip(0) if draw(st.booleans()) else t
-
-
-class Outcome:
-    """A solve's values and the gradients of a random linear function of them.
-
-    In the times too, if wanted: but where times need gradients, no graphs are kept.
-    """
-
-    def __init__(
-        self,
-        field: Any,
-        y0: Tensor,
-        t: Tensor,
-        seed: int = 0,
-        odeint: Callable[..., Any] = torchdiffeq.odeint,
-        others: tuple[Tensor, ...] = (),
-        of_times: bool = True,
-        **keywords: Any,
-    ) -> None:
-        y0 = y0.detach().clone().requires_grad_()
-        t = t.detach().clone().requires_grad_(of_times)
-        y = odeint(field, y0, t, **keywords)
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y)
-        parameters = list(field.parameters()) if isinstance(field, nn.Module) else []
-        self.names = ["y0", *(["t"] if of_times else [])] + [
-            name for name, p in getattr(field, "named_parameters", list)() if p.requires_grad
-        ]
-        self.names += [f"other {i}" for i in range(len(others))]
-        inputs = [y0, *([t] if of_times else []), *(p for p in parameters if p.requires_grad), *others]
-        self.values = y.detach()
-        loss = (y * weights).sum()
-        loss = loss.real if loss.is_complex() else loss
-        self.gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
-
-
-def error(actual: Tensor | None, expected: Tensor | None, scale: float) -> float:
-    """Relative error of a gradient, against its own size or a hundredth of the whole gradient's, if that is larger."""
-    actual = torch.zeros(()) if actual is None else actual
-    expected = torch.zeros(()) if expected is None else expected
-    difference = float((actual - expected).norm())
-    return difference / max(float(expected.norm()), 0.01 * scale) if difference else 0.0
-
-
-def errors(actual: Outcome, expected: Outcome) -> dict[str, float]:
-    """Relative errors of the gradients by name."""
-    scale = max(float(g.norm()) for g in expected.gradients if g is not None)
-    pairs = zip(expected.names, actual.gradients, expected.gradients, strict=True)
-    return {name: error(ours, theirs, scale) for name, ours, theirs in pairs}

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.misc import Perturb
+from torchdiffeq._impl.misc import Perturb, _PerturbFunc, _ReverseFunc, _TupleFunc
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from symplectic_plugin.hosts.torchdiffeq.implicit import SOLVERS, AdaptiveImplicit, _parts
 from symplectic_plugin.methods.implicit_tableaux import METHODS
+
+from .hosts import REGISTRY
 
 
 def slopes_of_step(
@@ -55,12 +56,24 @@ def slopes_of_step(
     return slopes - torch.linalg.solve(factors, equations(slopes, x, dt, times, first).flatten()).view_as(slopes)
 
 
+def parts(func: Any) -> list[Any]:
+    """Return the stiff and the nonstiff part of a vector field, each in the wrappers that torchdiffeq put around it."""
+    if not isinstance(func, (_PerturbFunc, _ReverseFunc, _TupleFunc)):
+        return [func.stiff, func.nonstiff]
+    found = parts(func.base_func)
+    if isinstance(func, _TupleFunc):
+        return [_TupleFunc(part, func.shapes) for part in found]
+    if isinstance(func, _ReverseFunc):
+        return [_ReverseFunc(part, func.mul) for part in found]
+    return [_PerturbFunc(part) for part in found]
+
+
 class _Reference:
     method: Any
     func: Any
 
     def functions(self) -> list[Any]:
-        return [self.func] if self.method.nonstiff is None else list(_parts(self.func, self.method.name))
+        return [self.func] if self.method.nonstiff is None else parts(self.func)
 
 
 class FixedReference(_Reference, FixedGridODESolver):
@@ -75,7 +88,17 @@ class FixedReference(_Reference, FixedGridODESolver):
 
 
 class AdaptiveReference(_Reference, RKAdaptiveStepsizeODESolver):
-    _ends = AdaptiveImplicit._ends
+    def _ends(self, rk_state: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return start, end and size of the step that torchdiffeq is about to take."""
+        t0, dt = rk_state.t1, rk_state.dt
+        if hasattr(self, "max_step"):  # torchdiffeq 0.2.3 has no limits
+            dt = (dt if dt.isfinite() else self.min_step).clamp(self.min_step, self.max_step)
+        t1 = t0 + dt
+        for times, index in ((self.step_t, self.next_step_index), (self.jump_t, self.next_jump_index)):
+            if len(times) and t0 < times[index] < t0 + dt:
+                t1 = times[index]
+                dt = t1 - t0
+        return t0, t1, dt
 
     def _before_integrate(self, t: Tensor) -> None:
         if self.method.nonstiff is not None:
@@ -113,7 +136,7 @@ def references() -> dict[str, type]:
     for name, method in METHODS.items():
         family = FixedReference if method.embedded is None else AdaptiveReference
         members = {
-            key: getattr(SOLVERS[name], key) for key in ("tableau", "mid", "order") if hasattr(SOLVERS[name], key)
+            key: getattr(REGISTRY[name], key) for key in ("tableau", "mid", "order") if hasattr(REGISTRY[name], key)
         }
         found[name] = type(f"Reference_{name}", (family,), {**members, "method": method})
     return found

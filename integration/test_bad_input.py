@@ -7,12 +7,11 @@ import gc
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torchdiffeq
 from torch import Tensor, nn
 
 pytest.importorskip("torchdyn")
@@ -20,39 +19,15 @@ pytest.importorskip("torchdyn")
 from torchdyn.core import NeuralODE
 from torchdyn.numerics import odeint
 
-from symplectic_plugin.record import defaults
+from .exactness import assert_same
+from .fields import Y0, T, random
+from .hosts import FLAG, SOLVERS, TORCHDIFFEQ, TORCHDYN, solve
 
-from .test_torchdyn_gradients import constant_first_step
-
-TORCHDIFFEQ = ("torchdiffeq dopri5", "torchdiffeq rk4")
-TORCHDYN = ("torchdyn tsit5", "torchdyn rk4")
-SOLVERS = TORCHDIFFEQ + TORCHDYN
-FLAG = "symplectic_adjoint"
 NAN, INF = float("nan"), float("inf")
-
-
-def random(*shape: int, seed: int = 2) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-T = torch.linspace(0, 1, 4, dtype=torch.float64)
-Y0 = random(3, 2, seed=1)
 
 
 def times(*t: float) -> Tensor:
     return torch.tensor(t, dtype=torch.float64)
-
-
-def solve(solver: str, flag: bool, field: Any, y0: Tensor, t: Tensor, **options: Any) -> Tensor:
-    """A solution by one of `SOLVERS`, with or without the flag."""
-    host, method = solver.split()
-    name = f"{FLAG}:{method}" if flag else method
-    if host == "torchdyn":
-        tolerances = {} if method == "rk4" else {"atol": 1e-4, "rtol": 1e-4}
-        with constant_first_step():
-            return odeint(field, y0, t, solver=name, **tolerances)[1]
-    options = options if method == "rk4" else {"first_step": 0.1, **options}
-    return torchdiffeq.odeint(field, y0, t, method=name, rtol=1e-4, atol=1e-4, options=options)
 
 
 Field = Callable[[Tensor, Tensor], Any]
@@ -126,6 +101,9 @@ TABLE = {
     "a tuple for a tensor": Bad(returning(lambda k: (k,)), refused=dict.fromkeys(ALL_BUT_TSIT5, SHAPE + "tuple")),
     "a slope less precise than the state": Bad(returning(Tensor.float), bound=3e-6),
     "a slope less precise later on": Bad(returning(Tensor.float, after=0.5), bound=3e-6),
+    "a slope more precise than the state": Bad(
+        lambda w: lambda t, y: -y.double(), y0=Y0.float(), solvers=TORCHDIFFEQ, refused="return the state's dtype"
+    ),
     "a complex slope": Bad(returning(lambda k: k + 0j), refused=dict.fromkeys(TORCHDIFFEQ, "return the state's dtype")),
     "an integer slope": Bad(returning(lambda k: (3 * k).long())),
     "an integer slope later on": Bad(returning(lambda k: (3 * k).long(), after=0.5)),
@@ -237,14 +215,9 @@ class Failing(nn.Module):
         return slope
 
 
+@pytest.mark.usefixtures("states_alone")
 class TestExceptions:
     """Wherever f raises, nothing is left of the solve, and the next one is right."""
-
-    @pytest.fixture(autouse=True)
-    def policy(self) -> Iterator[None]:
-        """So that f is evaluated in the backward pass."""
-        with defaults.override(checkpoint="steps"):
-            yield
 
     @staticmethod
     def gradients(field: Failing, solver: str, flag: bool) -> list[Tensor]:
@@ -286,8 +259,7 @@ class TestExceptions:
         monkeypatch.undo()
         field.context = context
         field.train()
-        for ours, theirs in zip(self.gradients(field, solver, flag=True), expected, strict=True):
-            assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+        assert_same(self.gradients(field, solver, flag=True), expected)
 
 
 class TestNamesThatDoNotExist:

@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 import symplectic_plugin
 from benchmarks.peak_memory import peak_bytes
 from symplectic_plugin.record.checkpoints import POLICIES
-from symplectic_plugin.record.defaults import DEFAULTS
+from symplectic_plugin.record.defaults import DEFAULTS, override
 
-from .fields import ADAPTIVE, FIXED, MLP, Outcome, callbacks_and_limits, errors
-
-FLAG = "symplectic_adjoint"
+from .exactness import Outcome, assert_same, errors
+from .fields import MLP
+from .hosts import ADAPTIVE, EXPLICIT, FLAG, callbacks_and_limits, given_steps, least_budget
 
 
 def network(size: int = 8, hidden: int = 64) -> nn.Module:
@@ -29,15 +30,8 @@ def network(size: int = 8, hidden: int = 64) -> nn.Module:
     return nn.Sequential(nn.Linear(size, hidden), nn.Tanh(), nn.Linear(hidden, size))
 
 
-def least_budget(solve) -> int:
-    """What the error says that it is."""
-    with pytest.raises(ValueError, match="needs at least") as error:
-        solve(1)
-    return int(str(error.value).split("needs at least ")[1].split()[0])
-
-
 class TestSameGradient:
-    @pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+    @pytest.mark.parametrize("method", EXPLICIT)
     @settings(max_examples=10)
     @given(
         st.sampled_from(POLICIES),
@@ -53,7 +47,7 @@ class TestSameGradient:
         field = MLP(3, 8, generator)
         y0 = torch.randn(2, 3, generator=generator, dtype=torch.float64)
         t = torch.linspace(0, 1, outputs, dtype=torch.float64)
-        options = {"first_step": 0.3} if method in ADAPTIVE else {"step_size": 1 / 23}
+        options = given_steps(method, 0.3 if method in ADAPTIVE else 1 / 23)
         if dropout:
             # As a rule of the mask, so that steps can be rejected.
             field.register_forward_hook(lambda _, args, slope: slope * (1 + 0.01 * torch.rand_like(slope)))
@@ -78,9 +72,9 @@ class TestSameGradient:
     def test_states_had_again_are_the_same_to_the_last_bit(self) -> None:
         field, y0 = network(3, 8).double(), torch.randn(2, 3, dtype=torch.float64)
         for method, options in (
-            ("dopri5", {"max_step": 1e-2}),
-            ("adaptive_heun", {"max_step": 1e-2}),
-            ("rk4", {"step_size": 1e-2}),
+            ("dopri5", {"max_step": 1 / 60}),
+            ("adaptive_heun", {"max_step": 1 / 60}),
+            ("rk4", {"step_size": 1 / 60}),
         ):
             seen: dict[str, list[Tensor]] = {}
             for policy in ("steps", "binomial"):
@@ -119,8 +113,7 @@ class TestSameGradient:
 
         expected = solve(None)
         for policy in POLICIES:
-            for ours, theirs in zip(solve(policy), expected, strict=True):
-                assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+            assert_same(solve(policy), expected)
 
     @pytest.mark.parametrize("policy", POLICIES)
     def test_backward_twice(self, policy) -> None:
@@ -180,14 +173,12 @@ def test_states_are_freed_by_the_backward_pass_even_if_the_solution_stays() -> N
 
 class TestMemory:
     BATCH = 64
+    warm: ClassVar[set[str]] = set()
 
-    def peak(
-        self, method: str, steps: int, outputs: int = 2, of_times: bool = False, **options
-    ) -> tuple[int, symplectic_plugin.field.report.SolveReport]:
+    def peak(self, method: str, steps: int, outputs: int = 2, of_times: bool = False, **options) -> tuple[int, Any]:
         field, y0 = network(), torch.randn(self.BATCH, 8).requires_grad_()
-        adaptive = method in ADAPTIVE
         # All steps as long as the first, whatever the error.
-        size = {"first_step": 1 / steps, "max_step": 1 / steps} if adaptive else {"step_size": 1 / steps}
+        size = given_steps(method, 1 / steps, held=True)
 
         def work() -> None:
             y = torchdiffeq.odeint(
@@ -198,13 +189,15 @@ class TestMemory:
             y0.grad = None
             field.zero_grad()
 
-        work()
+        if method not in self.warm:  # so that buffers which are made once do not count
+            work()
+            self.warm.add(method)
         with symplectic_plugin.profile() as solves:
             peak = peak_bytes(work)
         return peak, solves[0]
 
     @pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun"])
-    @pytest.mark.parametrize(("steps", "of_times"), [(10, False), (60, False), (10, True)])
+    @pytest.mark.parametrize(("steps", "of_times"), [(10, False), (40, False), (10, True)])
     def test_it_is_within_the_budget_from_the_least_to_enough_for_everything(self, method, steps, of_times) -> None:
         least = least_budget(lambda budget: self.peak(method, steps, of_times=of_times, memory_budget=budget))
         recomputed = []
@@ -221,7 +214,7 @@ class TestMemory:
     def test_so_it_is_with_derivatives_in_the_vector_field(self, method, policy) -> None:
         first, second = torch.randn(4, 128).requires_grad_(), torch.randn(128, 4).requires_grad_()
         y0 = torch.randn(64, 4).requires_grad_()
-        size = {"first_step": 0.1, "max_step": 0.1} if method in ADAPTIVE else {"step_size": 0.1}
+        size = given_steps(method, held=True)
 
         def field(t: Tensor, y: Tensor) -> Tensor:
             with torch.enable_grad():
@@ -237,7 +230,7 @@ class TestMemory:
             torch.autograd.grad(y[-1].sum(), (y0, first, second))
 
         least = least_budget(work)
-        for factor in (1, 1.2, 2, 4):
+        for factor in (1, 1.5, 4):
             budget = int(least * factor)
             work(budget)
             assert peak_bytes(lambda budget=budget: work(budget)) <= budget
@@ -260,10 +253,10 @@ class TestMemory:
         torch.testing.assert_close(*gradients)
 
     @pytest.mark.parametrize("method", ["euler", "rk4", "bosh3", "dopri5", "dopri8"])
-    @pytest.mark.parametrize("outputs", [2, 300])
+    @pytest.mark.parametrize("outputs", [2, 150])
     def test_so_it_is_however_many_outputs_there_are(self, method, outputs) -> None:
         least = least_budget(lambda budget: self.peak(method, 16, outputs, memory_budget=budget))
-        for factor in (1, 1.2, 1.5, 2.5):
+        for factor in (1, 1.3, 2.5):
             budget = int(least * factor)
             peak, report = self.peak(method, 16, outputs, memory_budget=budget)
             assert peak <= budget, (factor, report)
@@ -289,22 +282,25 @@ class TestMemory:
 
     def test_without_a_budget_a_small_solve_keeps_all_graphs_and_a_large_one_does_not(self) -> None:
         assert self.peak("rk4", 20)[1].recomputed == 0
-        peak, report = self.peak("rk4", 500)
+        budget = DEFAULTS.budget // 8  # so that not so many steps are needed
+        with override(budget=budget):
+            assert self.peak("rk4", 15)[1].recomputed == 0
+            peak, report = self.peak("rk4", 80)
         assert report.recomputed > 0
-        assert peak <= DEFAULTS.budget
+        assert peak <= budget
 
     def test_growth_of_steps_and_stages(self) -> None:
         state = self.BATCH * 8 * 4
         for policy, most in (("steps", 1.05), ("stages", 4.05)):
-            peaks = [self.peak("rk4", steps, checkpoint=policy)[0] for steps in (50, 150)]
-            assert peaks[1] - peaks[0] <= 100 * most * state
+            peaks = [self.peak("rk4", steps, checkpoint=policy)[0] for steps in (30, 80)]
+            assert peaks[1] - peaks[0] <= 50 * most * state
 
     @pytest.mark.parametrize("method", ["euler", "dopri5"])
     def test_binomial_takes_as_much_for_many_steps_as_for_few(self, method) -> None:
         state = self.BATCH * 8 * 4
-        (few, _), (many, report) = (self.peak(method, steps, checkpoint="binomial") for steps in (60, 300))
+        (few, _), (many, report) = (self.peak(method, steps, checkpoint="binomial") for steps in (50, 130))
         # torchdiffeq's grid of times grows, by a number a step in each of its copies.
-        assert many - few <= 240 * 4 * 4 + state
+        assert many - few <= 80 * 4 * 4 + state
         assert report.checkpoint_bytes <= 32 * state
 
     def test_a_budget_that_is_too_small_is_an_error_that_says_what_is_enough(self) -> None:
@@ -347,7 +343,7 @@ class TestMemory:
         def work() -> None:
             y = torchdiffeq.odeint(
                 layers, y0, torch.tensor([0.0, 1.0]), method=f"{FLAG}:{method}",
-                options=({"step_size": 0.02} if method == "rk4" else {}) | {"memory_budget": budget},
+                options=({"step_size": 0.04} if method == "rk4" else {}) | {"memory_budget": budget},
             )  # fmt: skip
             y[-1].sum().backward()
 
@@ -365,8 +361,7 @@ class TestGraphsMadeAgain:
             field.register_forward_hook(lambda _, args, slope: slope * (1 + 0.01 * torch.rand_like(slope)))
         y0 = torch.randn(64, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         t = torch.linspace(0, 1, 7, dtype=torch.float64)
-        adaptive = method in ADAPTIVE
-        options |= {"first_step": 1 / 96, "max_step": 1 / 96} if adaptive else {"step_size": 1 / 96}
+        options |= given_steps(method, 1 / 96, held=True)
 
         def outcome(flag: str, **keep) -> Outcome:
             torch.manual_seed(0)
@@ -408,7 +403,7 @@ class TestGraphsMadeAgain:
     @pytest.mark.parametrize("method", ["rk4", "dopri5"])
     def test_the_memory_stays_within_the_budget(self, method) -> None:
         field, y0 = network(), torch.randn(64, 8)
-        size = {"first_step": 1 / 60, "max_step": 1 / 60} if method in ADAPTIVE else {"step_size": 1 / 60}
+        size = given_steps(method, 1 / 60, held=True)
 
         def work(budget: int) -> None:
             y = torchdiffeq.odeint(
@@ -418,7 +413,7 @@ class TestGraphsMadeAgain:
             y[-1].sum().backward()
 
         least = least_budget(work)
-        for factor in (2, 3, 6, 12):
+        for factor in (2, 4, 12):
             work(int(least * factor))
             assert peak_bytes(lambda budget=int(least * factor): work(budget)) <= least * factor
 

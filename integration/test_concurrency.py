@@ -6,7 +6,6 @@ import copy
 import multiprocessing
 import pickle
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,21 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("torchdyn")
 
-from .fields import MLP
-from .test_bad_input import SOLVERS, TORCHDIFFEQ, solve
-
-T = torch.linspace(0, 1, 4, dtype=torch.float64)
-Y0 = torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-every_solver = pytest.mark.parametrize("solver", SOLVERS)
-
-
-def mlp(seed: int = 0) -> MLP:
-    return MLP(2, 8, torch.Generator().manual_seed(seed))
-
-
-def assert_same(actual: Any, expected: Any, bound: float = 1e-12) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert (ours - theirs).norm() <= bound * theirs.norm()
+from .exactness import assert_same, both
+from .fields import Y0, T, mlp
+from .hosts import TORCHDIFFEQ, every_solver, solve
 
 
 def gradients(field: nn.Module, solver: str, flag: bool, y0: Tensor = Y0) -> tuple[Tensor, ...]:
@@ -41,12 +28,8 @@ def gradients(field: nn.Module, solver: str, flag: bool, y0: Tensor = Y0) -> tup
     return torch.autograd.grad((y**2).sum(), (y0, field.w1, field.w2))
 
 
-def both(work: Callable[[bool], Any]) -> None:
-    """Compare what is done with the flag with what is done without."""
-    assert_same(work(True), work(False))
-
-
 class TestNested:
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_a_solve_inside_f(self, solver) -> None:
         def work(flag: bool) -> Any:
@@ -83,6 +66,7 @@ class TestNested:
 
 
 class TestSeveralAtOnce:
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_backward_passes_in_another_order_than_the_solves(self, solver) -> None:
         def work(flag: bool) -> Any:
@@ -95,6 +79,7 @@ class TestSeveralAtOnce:
 
         both(work)
 
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_one_backward_pass_through_a_chain_of_solves(self, solver) -> None:
         def work(flag: bool) -> Any:
@@ -106,6 +91,7 @@ class TestSeveralAtOnce:
 
         both(work)
 
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_a_backward_pass_between_the_forward_and_the_backward_pass_of_another(self, solver) -> None:
         def work(flag: bool) -> Any:
@@ -118,6 +104,7 @@ class TestSeveralAtOnce:
 
 
 class TestThreads:
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_backward_in_another_thread(self, solver) -> None:
         def work(flag: bool) -> Any:
@@ -131,11 +118,20 @@ class TestThreads:
         both(work)
 
     @every_solver
-    def test_ten_threads_at_the_same_time(self, solver) -> None:
-        fields = [mlp(seed) for seed in range(10)]
-        expected = [gradients(field, solver, flag=False) for field in fields]
+    @pytest.mark.usefixtures("kept")
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_ten_threads_at_the_same_time(self, solver, shared) -> None:
+        fields = [mlp()] * 10 if shared else [mlp(seed) for seed in range(10)]
+        starts = [Y0 + i / 10 for i in range(10)]
+
+        def work(field: nn.Module, y0: Tensor) -> tuple[Tensor, ...]:
+            found = gradients(field, solver, True, y0)
+            torch.rand(100)  # another thread's draws are not the field's
+            return found
+
+        expected = [gradients(field, solver, False, y0) for field, y0 in zip(fields, starts, strict=True)]
         with ThreadPoolExecutor(10) as pool:
-            for ours, theirs in zip(pool.map(lambda f: gradients(f, solver, flag=True), fields), expected, strict=True):
+            for ours, theirs in zip(pool.map(work, fields, starts), expected, strict=True):
                 assert_same(ours, theirs)
 
 
@@ -182,6 +178,7 @@ class TestCopies:
         for copied in (field, *copies):
             assert_same(gradients(copied, solver, flag=True), expected)
 
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_of_a_model_while_a_solve_is_alive_do_not_take_its_gradient(self, solver) -> None:
         field = mlp()
@@ -196,6 +193,7 @@ class TestCopies:
 
 
 class TestDataParallel:
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_replicas_whose_parameters_are_attributes_with_a_history(self, solver) -> None:
         def replica(field: nn.Module) -> nn.Module:

@@ -10,20 +10,11 @@ import torchdiffeq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from symplectic_plugin.hosts.torchdiffeq.methods import solvers
 from symplectic_plugin.record.checkpoints import POLICIES
 
-from .fields import ADAPTIVE, FIXED, MLP, Outcome, complex_states, errors, output_times, problems
-
-EXACT = 1e-12
-
-
-def assert_exact(actual: Outcome, expected: Outcome, time_bound: float = EXACT) -> None:
-    torch.testing.assert_close(actual.values, expected.values, rtol=1e-13, atol=1e-13)
-    found = errors(actual, expected)
-    time_error = found.pop("t", 0.0)
-    assert max(found.values()) <= EXACT, found
-    assert time_error <= time_bound
+from .exactness import EXACT, Outcome, assert_exact, errors
+from .fields import MLP, output_times, problems
+from .hosts import ADAPTIVE, EXPLICIT, FIXED, REGISTRY, complex_states, given_steps
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
@@ -33,7 +24,7 @@ def test_adaptive_methods(method, problem, digits, data) -> None:
     field, y0, generator = problem
     tolerance = 10.0**-digits
     # So long that a method of this order takes at most some hundred steps.
-    order = solvers()[method].order
+    order = REGISTRY[method].order
     duration = min(1.0, 40 * tolerance ** (1 / order))
     t = data.draw(output_times(duration))
     options = {"first_step": data.draw(st.floats(0.01, 0.3)) * duration}
@@ -48,7 +39,7 @@ def test_adaptive_methods(method, problem, digits, data) -> None:
     actual = Outcome(field, y0, t, method=f"symplectic_adjoint:{method}", options=options | policy, **solve)
     # The reference itself is no better in t: it differentiates an interpolant whose coefficients are differences of
     # states, rounded, over a step that is small beside them.
-    assert_exact(actual, expected, time_bound=max(EXACT, 1e-13 / duration / tolerance ** (1 / order)))
+    assert_exact(actual, expected, of_times=max(EXACT, 1e-13 / duration / tolerance ** (1 / order)))
 
 
 @pytest.mark.parametrize("method", FIXED)
@@ -77,13 +68,13 @@ def test_fixed_grid_methods(method, problem, data) -> None:
     assert_exact(Outcome(field, y0, t, method=f"symplectic_adjoint:{method}", options=options, **solve), expected)
 
 
-@pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+@pytest.mark.parametrize("method", EXPLICIT)
 def test_odeint_adjoint_gives_the_same_by_either_flag(method) -> None:
     generator = torch.Generator().manual_seed(0)
     field = MLP(3, 8, generator)
     y0 = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
-    options = {"first_step": 0.1} if method in ADAPTIVE else {"step_size": 0.1}
+    options = given_steps(method)
     solve = {"rtol": 1e-3, "atol": 1e-3}
     expected = Outcome(field, y0, t, method=method, options=options, **solve)
     for flags in (
@@ -108,14 +99,14 @@ def test_it_is_exact_at_a_loose_tolerance_where_the_continuous_adjoint_is_not() 
     assert max(continuous.values()) >= 1e-3  # measured: 0.02
 
 
-@pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+@pytest.mark.parametrize("method", EXPLICIT)
 @pytest.mark.parametrize("policy", ["auto", "steps"])
 def test_single_precision_is_exact_to_its_rounding(method, policy) -> None:
     generator = torch.Generator().manual_seed(0)
     field = MLP(3, 8, generator, dtype=torch.float32)
     y0 = torch.randn(4, 3, generator=generator)
     t = torch.linspace(0, 1, 5)
-    options = {"first_step": 0.1} if method in ADAPTIVE else {"step_size": 0.1}
+    options = given_steps(method)
     solve = {"rtol": 1e-3, "atol": 1e-3, "options": options}
     expected = Outcome(field, y0, t, method=method, **solve)
     solve["options"] = options | {"checkpoint": policy}
@@ -130,13 +121,15 @@ def test_single_precision_is_exact_to_its_rounding(method, policy) -> None:
 
 
 @complex_states
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("of_times", [False, True])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_a_complex_state(method) -> None:
+def test_a_complex_state(method, of_times) -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(3, 3, generator=generator, dtype=torch.complex128).requires_grad_()
     y0 = torch.randn(3, generator=generator, dtype=torch.complex128)
     t = torch.linspace(0, 1, 4, dtype=torch.float64)
-    options = {"first_step": 0.1} if method in ADAPTIVE else {"step_size": 0.1}
+    options = given_steps(method)
 
     def field(t, y):
         assert not t.is_complex()  # adaptive solvers keep it as a complex number
@@ -146,8 +139,10 @@ def test_a_complex_state(method) -> None:
         return torch.sin(w @ y).real
 
     for f in (field,) if method in ADAPTIVE else (field, real):  # torchdiffeq's adaptive methods have no gradient then
-        expected = Outcome(f, y0, t, method=method, options=options, others=(w,))
+        expected = Outcome(f, y0, t, method=method, options=options, others=(w,), of_times=of_times)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            actual = Outcome(f, y0, t, method=f"symplectic_adjoint:{method}", options=options, others=(w,))
+            actual = Outcome(
+                f, y0, t, method=f"symplectic_adjoint:{method}", options=options, others=(w,), of_times=of_times
+            )
         assert_exact(actual, expected)

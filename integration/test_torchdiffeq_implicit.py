@@ -8,17 +8,7 @@ import pytest
 import torch
 import torchdiffeq
 
-from symplectic_plugin.hosts.torchdiffeq.implicit import SOLVERS
-from symplectic_plugin.hosts.torchdiffeq.methods import solvers
-
-FIXED = [name for name in SOLVERS if not name.startswith("kencarp")]
-ADAPTIVE = ["kencarp3", "kencarp5", "kencarp3_imex", "kencarp5_imex"]
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, solver in SOLVERS.items():
-        monkeypatch.setitem(solvers(), name, solver)
+from .hosts import IMPLICIT_ADAPTIVE, IMPLICIT_FIXED, REGISTRY
 
 
 class Stiff(torch.nn.Module):
@@ -49,7 +39,7 @@ TIMES = torch.linspace(0, 2, 9, dtype=torch.float64)
 ONE = torch.ones(3, 2, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", IMPLICIT_FIXED)
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
 def test_stiffness_does_not_bound_the_steps_of_fixed_grids(name: str, interp: str) -> None:
     options = {"step_size": 0.05, "interp": interp}
@@ -58,7 +48,7 @@ def test_stiffness_does_not_bound_the_steps_of_fixed_grids(name: str, interp: st
     assert (x - torch.cos(TIMES)[:, None, None]).abs().max() < (3e-2 if name == "implicit_euler" else 1e-3)
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("name", IMPLICIT_ADAPTIVE)
 @pytest.mark.parametrize(("rtol", "sign"), [(1e-3, -1), (1e-5, 1)])
 def test_adaptive_steps_meet_the_tolerance_in_few_steps(name: str, rtol: float, sign: int) -> None:
     field = Stiff(-1e4 * sign)
@@ -101,7 +91,7 @@ def test_dense_output_is_as_accurate_as_it_is_said_to_be(name: str) -> None:
     y0 = torch.tensor([0.0, 1.0], dtype=torch.float64)
     errors = []
     for h in (0.2, 0.1):
-        solver = SOLVERS[name](
+        solver = REGISTRY[name](
             func=_WithCallbacks(field),
             y0=y0,
             rtol=1.0,

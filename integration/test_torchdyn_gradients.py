@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -17,82 +12,30 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchdyn")
 
-from torchdyn.core import MultipleShootingProblem, NeuralODE, ODEProblem
-from torchdyn.numerics import odeint
+from torchdyn.core import MultipleShootingProblem, NeuralODE
 from torchdyn.numerics.solvers.hyper import HyperEuler, HyperMidpoint, HyperRungeKutta4
-from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT
+from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler
 
-from symplectic_plugin.hosts.torchdyn.implicit import METHODS
-from symplectic_plugin.hosts.torchdyn.methods import tableau_of
-from symplectic_plugin.hosts.torchdyn.solver import with_adjoint
 from symplectic_plugin.record import defaults
 from symplectic_plugin.record.checkpoints import POLICIES
 
-from .fields import MLP, Outcome, errors, problems
+from .exactness import EXACT, assert_exact, errors
+from .fields import MLP, problems, random
+from .hosts import FLAG, KEPT, by_function, by_problem, constant_first_step, outcomes
 
-EXACT = 1e-12
-FLAG = "symplectic_adjoint"
 FIXED = ("euler", "midpoint", "rk4")
 ADAPTIVE = ("dopri5", "tsit5")
-EXPLICIT = {name for name in SOLVER_DICT if FLAG not in name} - {"ieuler", *METHODS}
+EXPLICIT = [
+    name
+    for name, solver in SOLVER_DICT.items()
+    if FLAG not in name and solver.__module__.startswith("torchdyn.") and solver is not ImplicitEuler
+]
 HYPERSOLVERS = (HyperEuler, HyperMidpoint, HyperRungeKutta4)
+# With so few snapshots that steps have to be taken again.
+WHAT = KEPT | {policy: {"checkpoint": policy, "snapshots": 10} for policy in POLICIES}
+whats = st.sampled_from(list(WHAT))
 # Fixed-step methods take no tolerances and say so whenever they are given other ones than odeint's defaults.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has no effect")
-
-
-@pytest.fixture(autouse=True, params=[*POLICIES, "whole graphs", "graphs"])
-def kept(request, monkeypatch) -> Iterator[str]:
-    """Whatever is kept; and with so few snapshots that steps have to be taken again.
-
-    Graphs are kept where times need no gradients: they go on from each other, or are gone through step by step.
-    """
-    monkeypatch.setattr(f"{__name__}.of_times", request.param in POLICIES)
-    policy = request.param if request.param in POLICIES else "auto"
-    with defaults.override(checkpoint=policy, snapshots=10, live_graphs=request.param != "graphs"):
-        yield request.param
-
-
-of_times = True
-"""Whether gradients in times are looked at."""
-
-
-@contextlib.contextmanager
-def constant_first_step() -> Iterator[None]:
-    """torchdyn's own first step size, without the gradient that its backpropagation carries through the choice."""
-    module: Any = sys.modules["torchdyn.numerics.odeint"]
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.setattr(module, "init_step", torch.no_grad()(module.init_step))
-        yield
-
-
-def by_problem(sensitivity: str, problem: type = ODEProblem, **keywords: Any) -> Callable[..., Tensor]:
-    """What solves by one of torchdyn's problems."""
-    given = {"save_at": keywords.pop("save_at")} if "save_at" in keywords else {}
-
-    def solve(field: Any, x: Tensor, t_span: Tensor) -> Tensor:
-        return problem(field, sensitivity=sensitivity, **keywords).odeint(x, t_span, **given)[1]
-
-    return solve
-
-
-def by_function(**keywords: Any) -> Callable[..., Tensor]:
-    """What solves by torchdyn's odeint."""
-    return lambda field, x, t_span: odeint(field, x, t_span, **keywords)[1]
-
-
-def outcomes(
-    field: nn.Module, x: Tensor, t_span: Tensor, actual: Any, expected: Any, others: tuple[Tensor, ...] = ()
-) -> tuple[Outcome, Outcome]:
-    with constant_first_step():
-        reference = Outcome(field, x, t_span, odeint=expected, others=others, of_times=of_times)
-    return Outcome(field, x, t_span, odeint=actual, others=others, of_times=of_times), reference
-
-
-def assert_exact(actual: Outcome, expected: Outcome, bound: float = EXACT) -> None:
-    torch.testing.assert_close(actual.values, expected.values, rtol=1e-13, atol=1e-13)
-    found = errors(actual, expected)
-    assert max(found.values()) <= bound, found
 
 
 @st.composite
@@ -104,24 +47,26 @@ def spans(draw: st.DrawFn) -> Tensor:
 
 
 @pytest.mark.parametrize("solver", FIXED)
-@settings(max_examples=12)
-@given(problems(), spans(), st.data())
-def test_fixed_step_solvers(solver, problem, t_span, data) -> None:
+@settings(max_examples=30)
+@given(problems(), spans(), whats, st.booleans(), st.data())
+def test_fixed_step_solvers(solver, problem, t_span, what, of_times, data) -> None:
     field, x, _ = problem
     kept = data.draw(st.sets(st.integers(0, len(t_span) - 1), min_size=1))
     # torchdyn turns reversed time around before it looks for the times to save at.
     turned = t_span if t_span[1] > t_span[0] else -t_span
     keywords = {"solver": solver, "save_at": turned[sorted(kept)] if data.draw(st.booleans()) else ()}
-    assert_exact(*outcomes(field, x, t_span, by_problem(FLAG, **keywords), by_problem("autograd", **keywords)))
+    ours, theirs = (by_problem(way, **keywords) for way in (FLAG, "autograd"))
+    with defaults.override(**WHAT[what]):
+        assert_exact(*outcomes(field, x, t_span, ours, theirs, of_times=of_times))
 
 
 @pytest.mark.parametrize("solver", ADAPTIVE)
-@settings(max_examples=12)
-@given(problems(), spans(), st.floats(2, 7), st.sampled_from([None, "4th"]))
-def test_adaptive_solvers(solver, problem, t_span, digits, interpolator) -> None:
+@settings(max_examples=24)
+@given(problems(), spans(), st.floats(2, 5), st.sampled_from([None, "4th"]), whats, st.booleans())
+def test_adaptive_solvers(solver, problem, t_span, digits, interpolator, what, of_times) -> None:
     field, x, _ = problem
     calls = itertools.count()
-    field.register_forward_pre_hook(lambda *_: reject() if next(calls) > 20_000 else None)
+    field.register_forward_pre_hook(lambda *_: reject() if next(calls) > 3_000 else None)
     keywords = {"solver": solver, "atol": 10.0**-digits, "rtol": 10.0**-digits, "interpolator": interpolator}
     # Where rounding keeps its sum of step sizes from an output time, torchdyn takes steps of size zero for ever, or
     # looks for an output time after the last.
@@ -129,52 +74,57 @@ def test_adaptive_solvers(solver, problem, t_span, digits, interpolator) -> None
         by_problem("autograd", **keywords)(field, x, t_span)
     except IndexError:
         reject()
-    assert_exact(*outcomes(field, x, t_span, by_problem(FLAG, **keywords), by_problem("autograd", **keywords)))
+    ours, theirs = (by_problem(way, **keywords) for way in (FLAG, "autograd"))
+    with defaults.override(**WHAT[what]):
+        assert_exact(*outcomes(field, x, t_span, ours, theirs, of_times=of_times))
 
 
 @pytest.mark.parametrize("solver", HYPERSOLVERS)
-@settings(max_examples=10)
-@given(problems(), spans(), st.integers(0, 2**31))
-def test_hypersolvers_and_their_networks(solver, problem, t_span, seed) -> None:
+@settings(max_examples=20)
+@given(problems(), spans(), st.integers(0, 2**31), whats, st.booleans())
+def test_hypersolvers_and_their_networks(solver, problem, t_span, seed, what, of_times) -> None:
     field, x, _ = problem
     network = MLP(x.shape[-1], 4, torch.Generator().manual_seed(seed))
     used = tuple(p for name, p in network.named_parameters() if p.requires_grad and name != "unused")
     ours, theirs = (by_problem(way, solver=solver(network, torch.float64)) for way in (FLAG, "autograd"))
-    assert_exact(*outcomes(field, x, t_span, ours, theirs, others=used))
+    with defaults.override(**WHAT[what]):
+        assert_exact(*outcomes(field, x, t_span, ours, theirs, others=used, of_times=of_times))
 
 
-@settings(max_examples=15)
-@given(problems(), spans())
-def test_asynchronous_leapfrog(problem, t_span) -> None:
+@settings(max_examples=25)
+@given(problems(), spans(), whats, st.booleans())
+def test_asynchronous_leapfrog(problem, t_span, what, of_times) -> None:
     field, x, generator = problem
     xv = torch.cat([x, torch.randn(x.shape, generator=generator, dtype=x.dtype)], -1)
-    assert_exact(*outcomes(field, xv, t_span, by_problem(FLAG, solver="alf"), by_problem("autograd", solver="alf")))
+    ours, theirs = (by_problem(way, solver="alf") for way in (FLAG, "autograd"))
+    with defaults.override(**WHAT[what]):
+        assert_exact(*outcomes(field, xv, t_span, ours, theirs, of_times=of_times))
 
 
 @pytest.mark.parametrize("solver", sorted(EXPLICIT))
-def test_every_name_in_the_registry_by_every_flag(solver) -> None:
+def test_every_name_in_the_registry_by_every_flag(solver, kept) -> None:
     generator = torch.Generator().manual_seed(0)
     field, x = MLP(3, 8, generator), torch.randn(4, 3, generator=generator, dtype=torch.float64)
     x = torch.cat([x, x.cos()], -1) if solver in ("alf", "AsynchronousLeapfrog") else x
     t_span = torch.linspace(0, 1, 5, dtype=torch.float64)
     flags = by_problem(FLAG, solver=solver), by_function(solver=f"{FLAG}:{solver}")
     for flag, reference in zip(flags, (by_problem("autograd", solver=solver), by_function(solver=solver)), strict=True):
-        assert_exact(*outcomes(field, x, t_span, flag, reference))
+        assert_exact(*outcomes(field, x, t_span, flag, reference, of_times=kept == "states"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_which_solvers_are_runge_kutta_methods_and_which_are_recomputed(dtype) -> None:
-    x, t_span = torch.ones(2, dtype=dtype), torch.linspace(0, 1, 2, dtype=dtype)
-    solvers = {name: SOLVER_DICT[name](dtype=dtype) for name in EXPLICIT}
-    network = nn.Linear(2, 2)
-    solvers |= {hyper.__name__: hyper(lambda t, x: network(x), dtype) for hyper in HYPERSOLVERS}
-    found = set()
-    for name in solvers:
-        solver = with_adjoint(solvers[name])
-        solver.sync_device_dtype(x, t_span)
-        if tableau_of(solver) is not None:
-            found.add(SOLVER_DICT.get(name))
-    assert found == {SOLVER_DICT[name] for name in FIXED + ADAPTIVE}
+@pytest.mark.parametrize("solver", [*sorted(EXPLICIT), *HYPERSOLVERS])
+def test_an_integral_loss_is_taken_by_runge_kutta_methods_alone(solver, dtype) -> None:
+    layer, network = nn.Linear(4, 4).to(dtype), nn.Linear(4, 4).to(dtype)
+    chosen = solver if isinstance(solver, str) else solver(lambda t, x: network(x), dtype)
+    model = NeuralODE(layer, solver=chosen, sensitivity=FLAG, integral_loss=lambda t, x: (x**2).sum(-1))
+    x, t_span = random(2, 4).to(dtype), torch.linspace(0, 1, 3, dtype=dtype)
+    if SOLVER_DICT.get(solver) in [SOLVER_DICT[name] for name in FIXED + ADAPTIVE]:
+        model(x, t_span)[1].sum().backward()
+        assert layer.weight.grad.any()
+    else:
+        with pytest.raises(ValueError, match=r"integral_loss needs a Runge-Kutta method.*autograd"):
+            model(x, t_span)
 
 
 def test_the_flag_alone_is_tsit5() -> None:
@@ -185,7 +135,7 @@ def test_the_flag_alone_is_tsit5() -> None:
 
 
 @pytest.mark.parametrize("solver", sorted(name for name in MS_SOLVER_DICT if FLAG not in name))
-def test_multiple_shooting(solver) -> None:
+def test_multiple_shooting(solver, kept) -> None:
     generator = torch.Generator().manual_seed(0)
 
     class Autonomous(MLP):  # parallel-in-time solvers take f to be one
@@ -201,7 +151,7 @@ def test_multiple_shooting(solver) -> None:
         with pytest.raises(ValueError, match=r"ParallelImplicitEuler.* no gradient"):
             ours(field, x, t_span)
         return
-    assert_exact(*outcomes(field, x, t_span, ours, theirs))
+    assert_exact(*outcomes(field, x, t_span, ours, theirs, of_times=kept == "states"))
 
 
 def test_it_is_exact_where_torchdyns_adjoints_are_not() -> None:
@@ -227,13 +177,12 @@ def test_it_is_exact_where_torchdyns_adjoints_are_not() -> None:
 
 
 @pytest.mark.parametrize("solver", FIXED + ADAPTIVE)
-def test_single_precision_is_exact_to_its_rounding(solver) -> None:
+def test_single_precision_is_exact_to_its_rounding(solver, kept) -> None:
     generator = torch.Generator().manual_seed(0)
     field = MLP(3, 8, generator, dtype=torch.float32)
     x, t_span = torch.randn(4, 3, generator=generator), torch.linspace(0, 1, 5)
-    actual, expected = outcomes(
-        field, x, t_span, by_problem(FLAG, solver=solver), by_problem("autograd", solver=solver)
-    )
+    ours, theirs = (by_problem(way, solver=solver) for way in (FLAG, "autograd"))
+    actual, expected = outcomes(field, x, t_span, ours, theirs, of_times=kept == "states")
     assert torch.equal(actual.values, expected.values)
     found = errors(actual, expected)
     assert found.pop("t", 0.0) <= 1e-5  # what remains of larger terms that cancel

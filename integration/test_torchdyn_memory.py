@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -15,22 +14,19 @@ from torchdyn.core import NeuralODE
 from torchdyn.numerics.solvers.ode import str_to_solver
 
 from benchmarks.peak_memory import peak_bytes
-from symplectic_plugin.record import defaults
 
-BATCH, SIZE, HIDDEN = 256, 8, 512
+from .hosts import FLAG
+
+BATCH, SIZE, HIDDEN = 256, 8, 256
 STATE = BATCH * SIZE * 4
 # Of a step's own scalars: its time, size, and what torchdyn computes them from.
 SCALARS = 64
-FLAG = "symplectic_adjoint"
 
-pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect")
-
-
-@pytest.fixture(autouse=True)
-def policy() -> Iterator[None]:
-    """The least memory that does not depend on the number of steps but by a state each."""
-    with defaults.override(checkpoint="steps"):
-        yield
+# With the states of steps alone: the least memory that does not depend on the number of steps but by a state each.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting tolerances has no effect"),
+    pytest.mark.usefixtures("states_alone"),
+]
 
 
 def network(hidden: int) -> nn.Module:
@@ -103,7 +99,7 @@ def test_one_graph_at_a_time_is_alive(solver) -> None:
     x = torch.randn(BATCH, SIZE).requires_grad_()
     one_evaluation = peak_bytes(lambda: field(x).sum().backward())
     parameters = sum(p.numel() * 4 for p in field.parameters())
-    for steps in (5, 20):
+    for steps in (4, 12):
         ours, taken = measured(FLAG, solver, steps)
         # Beside one evaluation and its backward pass: checkpoints, stages, sums of the parameters' gradients.
         assert ours <= one_evaluation + (taken + 24) * STATE + 3 * parameters

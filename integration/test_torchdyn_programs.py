@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("torchdyn")
 
+from .hosts import FLAG
 from .torchdyn_programs import bouncing_ball, classify, flow
 
-FLAG = "symplectic_adjoint"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*:FutureWarning")
 
 

@@ -13,13 +13,13 @@ from torch.autograd.functional import hessian, jacobian
 pytest.importorskip("torchdyn")
 
 
-from .test_bad_input import SOLVERS, TORCHDIFFEQ, solve
-from .test_concurrency import Y0, T, assert_same, both, mlp
-
-every_solver = pytest.mark.parametrize("solver", SOLVERS)
+from .exactness import assert_same, both
+from .fields import Y0, T, mlp
+from .hosts import SOLVERS, TORCHDIFFEQ, every_solver, solve
 
 
 class TestInsideF:
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_functional_call_with_computed_parameters(self, solver) -> None:
         def work(flag: bool) -> Any:
@@ -30,6 +30,7 @@ class TestInsideF:
 
         both(work)
 
+    @pytest.mark.usefixtures("kept")
     @every_solver
     @pytest.mark.parametrize("inside", ["vmap", "grad", "vmap of grad", "jvp", "jvp that is zero"])
     def test_vmap_grad_and_jvp(self, solver, inside) -> None:
@@ -65,6 +66,7 @@ class TestInsideF:
 
         both(work)
 
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_gradients_of_its_own_and_inputs_that_it_makes_require_them(self, solver) -> None:
         def work(flag: bool) -> Any:
@@ -86,6 +88,7 @@ class TestInsideF:
 
 
 class TestAroundASolve:
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_functional_call(self, solver) -> None:
         def work(flag: bool) -> Any:
@@ -104,6 +107,7 @@ class TestAroundASolve:
 
         both(work)
 
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_jacobians_and_hessians_row_by_row(self, solver) -> None:
         y0, field = Y0[:2, :1].repeat(1, 2), mlp()
@@ -123,7 +127,7 @@ class TestAroundASolve:
             torch.autograd.grad(y, (y0, field.w1), rows, is_grads_batched=True)
 
     @every_solver
-    def test_batched_gradients_through_a_whole_graph(self, solver) -> None:
+    def test_batched_gradients_through_a_live_graph(self, solver) -> None:
         field, y0 = mlp(), Y0.clone().requires_grad_()
 
         def work(flag: bool) -> Any:
@@ -133,7 +137,7 @@ class TestAroundASolve:
 
         both(work)
 
-    @pytest.mark.parametrize("solver", ["torchdyn tsit5", "torchdyn rk4"])
+    @every_solver
     @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
     def test_torchs_functional_transforms_are_refused(self, solver, transform) -> None:
         field = mlp()
@@ -206,6 +210,7 @@ class TestMixedPrecision:
             )  # fmt: skip
             torch.autograd.grad(y.float().pow(2).sum(), y0)  # would raise
 
+    @pytest.mark.usefixtures("kept")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @every_solver
     def test_autocast_and_scaled_losses(self, solver, dtype) -> None:
@@ -219,6 +224,7 @@ class TestMixedPrecision:
         eps = torch.finfo(dtype).eps
         assert_same(*(scaled_gradients(solver, flag, "cuda", dtype) for flag in (True, False)), bound=4 * eps)
 
+    @pytest.mark.usefixtures("kept")
     @every_solver
     def test_a_network_that_autocast_has_cast_before_the_solve(self, solver) -> None:
         def work(flag: bool) -> Any:
