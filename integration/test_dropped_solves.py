@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("torchdyn")
 
 from symplectic_plugin.record import defaults
-from symplectic_plugin.record.checkpoints import POLICIES
+from symplectic_plugin.record.store import POLICIES
 
 from .fields import Y0, T, mlp
 from .hosts import KEPT, SOLVERS, solve

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchdyn")
 
-from symplectic_plugin.record.checkpoints import POLICIES
+from symplectic_plugin.record.store import POLICIES
 
 from .fields import StiffField, T, random
 from .hosts import FLAG, IMPLICIT_FIXED, solve

@@ -10,7 +10,7 @@ import torchdiffeq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from symplectic_plugin.record.checkpoints import POLICIES
+from symplectic_plugin.record.store import POLICIES
 
 from .exactness import EXACT, Outcome, assert_exact, errors
 from .fields import MLP, output_times, problems

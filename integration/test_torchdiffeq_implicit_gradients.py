@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import symplectic_plugin
 from benchmarks.stiff import TIMES, Learned
-from symplectic_plugin.record.checkpoints import POLICIES
+from symplectic_plugin.record.store import POLICIES
 
 from .exactness import Outcome, assert_exact, errors
 from .fields import StiffField, output_times

@@ -17,7 +17,7 @@ from torchdyn.numerics.solvers.hyper import HyperEuler, HyperMidpoint, HyperRung
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler
 
 from symplectic_plugin.record import defaults
-from symplectic_plugin.record.checkpoints import POLICIES
+from symplectic_plugin.record.store import POLICIES
 
 from .exactness import EXACT, assert_exact, errors
 from .fields import MLP, problems, random

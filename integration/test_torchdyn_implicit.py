@@ -19,7 +19,7 @@ from torchdyn.numerics import odeint, odeint_hybrid
 from torchdyn.numerics.solvers.ode import SOLVER_DICT, MSZero
 from torchdyn.numerics.solvers.templates import DiffEqSolver
 
-from symplectic_plugin.record.checkpoints import POLICIES
+from symplectic_plugin.record.store import POLICIES
 
 from . import exactness
 from .exactness import Outcome

@@ -11,7 +11,7 @@ from symplectic_plugin.adjoint.sweep import sweep
 from symplectic_plugin.field.cotangents import CotangentSums
 from symplectic_plugin.field.report import SolveReport
 from symplectic_plugin.field.vector_field import VectorField
-from symplectic_plugin.record.checkpoints import Checkpoints
+from symplectic_plugin.record.store import Checkpoints
 from symplectic_plugin.record.kept import Kept
 from symplectic_plugin.record.step_graph import StepGraph
 from symplectic_plugin.record.trajectory import DenseOutput, Step, Trajectory
