@@ -46,6 +46,7 @@ class VectorField:
     Attributes:
         dependencies: the tensors that f depends on and that gradients go to, once `discover` has run.
         spare: how many of them, at the end, f has not been seen to use yet.
+        seen: identities of the tensors that the first evaluation used.
         stand_ins: what takes the place of some of them while f is evaluated with a graph.
         left_out: those that it depends on and that get none, because of `only`.
         draws: whether it was seen to draw random numbers.
@@ -69,6 +70,7 @@ class VectorField:
         self.report = report
         self.dependencies = [tensor for tensor in dict.fromkeys(named) if tensor.requires_grad]
         self.spare = 0
+        self.seen: set[int] = set()
         self.left_out: list[Tensor] = []
         self.draws = False
         self.rounding = 0.0
@@ -123,6 +125,7 @@ class VectorField:
         held_leaves = [tensor for tensor in held.tensors if tensor.is_leaf]
         held_ids = {id(tensor) for tensor in held_leaves}
         used_leaves = found.leaves
+        self.seen = {id(x) for x in used_leaves} | {id(edges[edge]) for edge in found.edges & edges.keys()}
         others = [x for x in used_leaves if id(x) in held_ids]
         own = (evaluation.leaf, evaluation.time)
         found.leaves = [x for x in used_leaves if id(x) not in held_ids and all(x is not mine for mine in own)]
@@ -245,7 +248,8 @@ class VectorField:
             x: state.
             keywords: passed on to f.
             want_time: whether the product with df/dt will be needed.
-            stand_ins: what takes the place of dependencies: by default what was found to when f was discovered.
+            seen: identities of the tensors that the first evaluation used.
+        stand_ins: what takes the place of dependencies: by default what was found to when f was discovered.
             with_history: whether the graph is to go on behind the state, if that has a history.
         """
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""torchdiffeq's `odeint_adjoint`: what it does with "symplectic_adjoint" as its method or adjoint method.
+"""torchdiffeq's `odeint_adjoint` with "symplectic_adjoint" as its method or adjoint method.
 
 `odeint_adjoint` normalises its arguments and hands them to `OdeintAdjointMethod.apply`, which it looks up in its module
 when it is called. A subclass is put there that solves with the symplectic adjoint method when told to, and does as
@@ -23,7 +23,7 @@ _OWN_OPTIONS = ("adjoint_params",)
 
 
 _replaced: dict[ModuleType, Any] = {}
-"""The module that holds the subclass, and torchdiffeq's own class."""
+"""torchdiffeq's own class, by the module that holds the subclass."""
 
 
 def install(symplectic_adjoint: Any) -> None:
@@ -58,7 +58,7 @@ def uninstall() -> None:
 
 
 def _solve(given: dict[str, Any], symplectic_adjoint: Any, method: Any) -> Any:
-    """What `odeint_adjoint` is to return, as the symplectic adjoint method has it.
+    """Solve by the symplectic adjoint method, with the arguments that `odeint_adjoint` has normalised.
 
     Raises:
         ValueError: if the adjoint method names another base solver than the one that solves.
@@ -85,19 +85,42 @@ def _solve(given: dict[str, Any], symplectic_adjoint: Any, method: Any) -> Any:
     # odeint_adjoint gives gradients to func's parameters or, if it is told, to adjoint_params and nothing else.
     options["only_adjoint_params"] = not _are_the_default(params, given["func"])
     solver = symplectic_adjoint(func=given["func"], y0=given["y0"], rtol=given["rtol"], atol=given["atol"], **options)
+    t, silent = given["t"], [x for x in (given["t"], *params) if x.requires_grad]
     if given["event_fn"] is None:
-        return solver.integrate(given["t"])
-    return solver.integrate_until_event(given["t"][0], given["event_fn"])
+        solution = solver.integrate(t)
+        return _with_zeros(solution, [x for x in silent if id(x) not in solver.reached])
+    event_t, solution = solver.integrate_until_event(t[0], given["event_fn"])
+    y0 = [given["y0"]] if given["y0"].requires_grad else []
+    return _with_zeros(event_t, [*y0, *silent]), _with_zeros(solution, [x for x in silent if id(x) not in solver.reached])
+
+
+def _with_zeros(value: Tensor, inputs: list[Tensor]) -> Tensor:
+    """Return a value that has gradients of zeros in further inputs, as `odeint_adjoint` has for all its parameters.
+
+    Programs rely on that: DistributedDataParallel waits for a gradient of each parameter.
+    """
+    return _WithZeros.apply(value, *inputs) if inputs and torch.is_grad_enabled() else value
+
+
+class _WithZeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
 def _names(symplectic_adjoint: type) -> set[str]:
-    """What the solver class and its relatives are registered as."""
+    """Return the names under which the solver class and its relatives are registered."""
     family = symplectic_adjoint.__mro__[-2]
     return {name for name, solver in solvers().items() if isinstance(solver, type) and issubclass(solver, family)}
 
 
 def _are_the_default(params: tuple[Tensor, ...], func: Any) -> bool:
-    """Whether these are what `odeint_adjoint` takes when it is not told: the parameters of the user's module."""
+    """Return whether tensors are those that `odeint_adjoint` takes by default: the parameters of the user's module."""
     func = _users(func)
     if not isinstance(func, torch.nn.Module):
         return False
@@ -106,7 +129,7 @@ def _are_the_default(params: tuple[Tensor, ...], func: Any) -> bool:
 
 
 def _users(func: Any) -> Any:
-    """The user's vector field inside torchdiffeq's wrappers."""
+    """Return the user's vector field, without torchdiffeq's wrappers."""
     while type(func).__module__ == "torchdiffeq._impl.misc" and hasattr(func, "base_func"):
         func = func.base_func
     return func

@@ -142,6 +142,12 @@ class SymplecticAdjoint:
         """Undo `install`."""
         odeint_adjoint.uninstall()
 
+    @property
+    def reached(self) -> set[int]:
+        """Identities of tensors that the solution is certain to depend on, among those that f does."""
+        recorder = self.base.func.recorder
+        return self.field.seen if recorder is not None and recorder.trajectory.checkpoints else set()
+
     @not_compiled
     def integrate(self, t: Tensor) -> Tensor:
         """Return the solution at the times t, shape (len(t), *y0.shape)."""

@@ -143,7 +143,9 @@ class Solve:
         """Return a trajectory of one step, from the state x, of which nothing is kept yet."""
         # With an integral, the state at a step's start lacks the integral that the step before ends in.
         previous = self._checkpoints.get(x, lambda: None)() if self.integral is None else None
-        checkpoint = Checkpoint(self.recorder.store.budget, step, method, previous, end)
+        # Detached: the end becomes a value of the autograd function, which refers to the checkpoint.
+        known = None if end is None else end.detach()
+        checkpoint = Checkpoint(self.recorder.store.budget, step, method, previous, known)
         return Trajectory(method, self.recorder.store, [checkpoint])
 
     def ended(self, trajectory: Trajectory, end: Tensor, last_slope: Tensor | None) -> None:
