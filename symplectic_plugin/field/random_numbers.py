@@ -1,8 +1,13 @@
-"""The random number generators that a vector field may draw from, so that a draw can be made again."""
+"""The random number generators that a vector field may draw from, so that a draw can be made again.
+
+torch's default generators are shared by all threads. Where a state is noted or set for an evaluation of f, no other
+evaluation that the package makes may draw in between.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -10,28 +15,43 @@ from torch import Tensor
 
 GeneratorStates = tuple[Tensor, ...]
 
+_lock = threading.RLock()
+_PATIENCE = 5.0
+"""Seconds to wait for another thread's evaluation. It may itself wait for this one: f may work in threads that solve.
+What two evaluations at once would draw wrongly, the comparison with the forward pass finds."""
+
+
+@contextlib.contextmanager
+def drawing_alone() -> Iterator[None]:
+    """Keep the package's other evaluations of fields that draw, in other threads, from drawing meanwhile."""
+    acquired = _lock.acquire(timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        if acquired:
+            _lock.release()
+
 
 class Generators:
-    """torch's default generators for the CPU and for the state's device."""
+    """torch's default generators for the CPU and for the state's device.
+
+    Args:
+        device: the state's.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type in ("cuda", "xpu") else None
+        self._place: GeneratorStates | None = None
 
     def states(self) -> GeneratorStates:
-        """Where the generators are in their sequences."""
+        """Return where the generators are in their sequences."""
         cpu = torch.get_rng_state()
         if self._device is None:
             return (cpu,)
         return cpu, torch.get_device_module(self._device.type).get_rng_state(self._device)
 
-    def set(self, states: GeneratorStates) -> None:
-        """Put the generators to where they were."""
-        torch.set_rng_state(states[0])
-        if self._device is not None:
-            torch.get_device_module(self._device.type).set_rng_state(states[1], self._device)
-
     def are_at(self, states: GeneratorStates) -> bool:
-        """Whether nothing was drawn since."""
+        """Return whether nothing was drawn since the generators were at these states."""
         return all(torch.equal(now, then) for now, then in zip(self.states(), states, strict=True))
 
     @contextlib.contextmanager
@@ -41,4 +61,27 @@ class Generators:
         try:
             yield
         finally:
-            self.set(states)
+            self._set(states)
+
+    @property
+    def place(self) -> GeneratorStates | None:
+        """States from which the next draw is made again."""
+        return self._place
+
+    def draw_again_from(self, states: GeneratorStates) -> None:
+        """Have draws made again from these states on."""
+        self._place = states
+
+    @contextlib.contextmanager
+    def drawing_again(self) -> Iterator[None]:
+        """Draw from where the last draws that were made again ended, and leave the generators as they are."""
+        with drawing_alone(), self.kept():
+            if self._place is not None:
+                self._set(self._place)
+            yield
+            self._place = self.states()
+
+    def _set(self, states: GeneratorStates) -> None:
+        torch.set_rng_state(states[0])
+        if self._device is not None:
+            torch.get_device_module(self._device.type).set_rng_state(states[1], self._device)
