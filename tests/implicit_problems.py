@@ -11,6 +11,7 @@ from symplectic_plugin.methods.implicit_step import ImplicitSteps, StepFields
 from symplectic_plugin.methods.implicit_tableaux import ImplicitMethod
 from symplectic_plugin.methods.newton import NewtonOptions
 from symplectic_plugin.methods.stage_field import GraphOf, StageField
+from symplectic_plugin.methods.transposed_step import TransposedSteps
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -73,6 +74,7 @@ class OneStep:
     ) -> None:
         self.method, self.field, self.t, self.h = method, field, t, h
         self.steps = ImplicitSteps(method, options or NewtonOptions())
+        self.transposed = TransposedSteps(method, options or NewtonOptions())
         self.sums = [torch.zeros_like(parameter) for parameter in field.parameters]
         self.functions = [field] if method.nonstiff is None else [field.stiff, field.nonstiff]
         stages, *others = [[self._stage(function, c) for c in method.tableau.c.tolist()] for function in self.functions]
@@ -100,7 +102,7 @@ class OneStep:
         assert not taken.failed.any(), taken.reason
         b, c = self.method.tableau.b, self.method.tableau.c
         cotangents = self.h * b[:, None, None] * cotangent
-        adjoint = self.steps.back(self.fields, taken.stages, self.h, cotangents)
+        adjoint = self.transposed.take(self.fields, taken.stages, self.h, cotangents)
         taus = [torch.zeros(()) if tau is None else tau for tau in adjoint.times]
         size = (cotangents * taken.slopes).sum() + (adjoint.stages * (taken.stages - x)).sum()
         size = size / self.h + sum(c_i * tau for c_i, tau in zip(c, taus, strict=True))

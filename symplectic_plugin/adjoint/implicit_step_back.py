@@ -3,7 +3,7 @@
 What acts on slope k_i from outside the stages, and what becomes of it:
 
     r_i = h (b_i lambda_{n+1} + sum_m b_i(theta_m) g_m) + [i last] phi_{n+1}
-    kappa_i, xi_i from r_i by the transposed equations of the stages (`ImplicitSteps.back`)
+    kappa_i, xi_i from r_i by the transposed equations of the stages (`TransposedSteps.take`)
     lambda_n = lambda_{n+1} + sum_m g_m + sum_i xi_i,   phi_n = kappa_1 where the first slope was handed on
 
 with g_m the cotangent of an output at t_n + theta_m h, as in `sweep`. The step's size has the cotangent
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..field.cotangents import CotangentSums
 from ..field.vector_field import VectorField
-from ..methods.implicit_step import StepAdjoint, total
-from ..methods.newton import check_derivative
+from ..methods.check_derivative import check_derivative
+from ..methods.implicit_step import total
+from ..methods.transposed_step import StepAdjoint, TransposedSteps
 from ..record.implicit_solve import Adjoint, ImplicitSolve
 from ..record.kept import Kept
 from ..record.trajectory import Trajectory
@@ -47,6 +48,7 @@ class ImplicitStepBack:
         self.field = field
         self.sums = sums
         self.steps = self.solve.steps_again()
+        self.transposed = TransposedSteps(self.solve.method, self.solve.options)
         self.given = self.solve.layout.flat(given)
         self.theta = torch.tensor([theta for _, theta in trajectory.outputs], dtype=torch.float64)
         self.weights = trajectory.dense.weights(self.theta).to(self.given)
@@ -105,7 +107,7 @@ class ImplicitStepBack:
             check_derivative(solve.fields(self.field, stage_times, keywords, self._recomputed).stages[-1], stages[-1])
         of_f = Adjoint(self.sums, times is not None)
         fields = solve.fields(self.field, stage_times, keywords, self._recomputed, of_f)
-        back = self.steps.back(fields, stages, h, outside, step.slope_handed_on)
+        back = self.transposed.take(fields, stages, h, outside, first_slope_given=step.slope_handed_on)
         if times is not None:
             for i in range(s):
                 times.add_slope(i, slopes[i], rates[i])

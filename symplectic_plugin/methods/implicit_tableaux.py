@@ -1,6 +1,6 @@
-"""The implicit methods: their coefficients, where those are from, and what is derived from them.
+"""Coefficients of the implicit methods, with their sources.
 
-Weights for the midpoint of a step, which torchdiffeq's quartic interpolant takes, are published for none of the pairs;
+Weights for the midpoint of a step, which torchdiffeq's quartic interpolant takes, are published for none of the pairs:
 `midpoint_weights` derives them from the order conditions.
 """
 
@@ -14,25 +14,27 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from .midpoint_weights import midpoint_weights
 from .tableau import ButcherTableau
 
 Rows = Sequence[Sequence[float | Fraction] | Tensor]
+"""Rows of a lower triangular or full matrix, without their trailing zeros."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImplicitMethod:
-    """An implicit Runge-Kutta method, and what an adaptive solver needs beside.
+    """Implicit Runge-Kutta method, with the weights that an adaptive solver needs.
 
     Args:
-        name: as torchdiffeq's main branch has it, if it does.
-        order: of the solution.
-        tableau: of the method; for an additive one, of its implicit part.
-        nonstiff: the explicit tableau of an additive method, with the same b and c, or None.
-        embedded: weights of the solution one order lower that the error is estimated with, shape (s,), or None.
+        name: name of the method, that of torchdiffeq's main branch if it has the method.
+        order: order of the solution.
+        tableau: tableau of the method; for an additive method, of its implicit part.
+        nonstiff: explicit tableau of an additive method, with the same b and c, or None.
+        embedded: weights of the solution of one order less, for the error estimate, shape (s,), or None.
         midpoint: weights of the solution at the step's middle, shape (s,), or None.
 
     Raises:
-        ValueError: if a stage depends on a later one in a method that is not fully implicit, or parts do not fit.
+        ValueError: if a fully implicit method's `a` is singular, or the parts' tableaux or weights do not fit together.
     """
 
     name: str
@@ -59,79 +61,17 @@ class ImplicitMethod:
 
     @property
     def diagonally_implicit(self) -> bool:
-        """Whether the stages can be solved for one by one: a is lower triangular."""
+        """Tell whether `a` is lower triangular, so that the stages can be solved for one by one."""
         return not bool(self.tableau.a.triu(1).any())
 
     @property
     def explicit_first_stage(self) -> bool:
-        """Whether the first slope is f at the step's start."""
+        """Tell whether the first slope is f at the step's start."""
         return not bool(self.tableau.a[0].any())
 
 
-def stability_function(tableau: ButcherTableau, z: Tensor, weights: Tensor | None = None) -> Tensor:
-    """R(z) = 1 + z b^T (I - z A)^{-1} 1: the solution after one step of dx/dt = lambda x from 1, with z = lambda h.
-
-    Args:
-        tableau: the method.
-        z: complex, any shape.
-        weights: in place of b.
-
-    Returns:
-        R, complex128, of the same shape.
-    """
-    z = z.to(torch.complex128)
-    a = tableau.a.to(z)
-    b = (tableau.b if weights is None else weights).to(z)
-    identity, ones = torch.eye(tableau.stages, dtype=z.dtype), torch.ones(tableau.stages, 1, dtype=z.dtype)
-    slopes = torch.linalg.solve(identity - z[..., None, None] * a, ones.expand(*z.shape, -1, 1))
-    return 1 + z * (slopes[..., 0] @ b)
-
-
-def midpoint_weights(parts: Sequence[ButcherTableau], order: int, damped: int) -> Tensor:
-    """The smallest weights w with x_n + h sum_i w_i k_i = x(t_n + h/2) + O(h^(order + 1)).
-
-    They satisfy the conditions of all rooted trees up to that order, with each branch in each of the parts (Kennedy,
-    Carpenter 2003, section 2.1), where the stages are such that the implicit part's are the last.
-
-    Args:
-        parts: the tableaux of the method's parts, the implicit one, with an explicit first stage, last.
-        order: at most 4.
-        damped: how many leading terms of the midpoint's R(z) at infinity vanish: 1 bounds it, 2 have it go to 0.
-
-    Returns:
-        w, shape (s,), float64.
-
-    Raises:
-        ValueError: if there are no such weights.
-    """
-    c, one = parts[-1].c, torch.ones_like(parts[-1].c)
-    conditions = [(one, 1.0)]  # Phi_i(t), gamma(t)
-    second = [p.a @ c for p in parts]
-    if order >= 2:
-        conditions += [(c, 2.0)]
-    if order >= 3:
-        conditions += [(c * c, 3.0), *((ac, 6.0) for ac in second)]
-    if order >= 4:
-        conditions += [(c**3, 4.0), *((c * ac, 8.0) for ac in second), *((p.a @ (c * c), 12.0) for p in parts)]
-        conditions += [(p.a @ ac, 24.0) for p in parts for ac in second]
-    degrees = {1.0: 1, 2.0: 2, 3.0: 3, 6.0: 3, 4.0: 4, 8.0: 4, 12.0: 4, 24.0: 4}
-    rows = [phi for phi, _ in conditions]
-    wanted = [0.5 ** degrees[gamma] / gamma for _, gamma in conditions]
-    # With A = [[0, 0], [a, M]] and q = M^{-1} a: R(z) = z (w_1 - w' q) + 1 - w' (M^{-1} 1 + M^{-1} q) + O(1 / z).
-    m, first = parts[-1].a[1:, 1:], parts[-1].a[1:, 0]
-    q = torch.linalg.solve(m, first)
-    zero = torch.zeros(1, dtype=torch.float64)
-    at_infinity = [torch.cat([1 + zero, -q]), torch.cat([zero, torch.linalg.solve(m, 1 + q)])]
-    matrix = torch.stack(rows + at_infinity[:damped])
-    right = torch.tensor(wanted + [0.0, 1.0][:damped], dtype=torch.float64)
-    weights = torch.linalg.pinv(matrix, rtol=1e-10) @ right
-    if (matrix @ weights - right).abs().max() > 1e-12:
-        raise ValueError(f"no weights of order {order} for the midpoint")
-    return weights
-
-
 def lower_rows(rows: Rows) -> Tensor:
-    """The square matrix with these rows, float64, each as far as it is given."""
+    """Build a square float64 matrix from rows without their trailing zeros."""
     a = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
@@ -142,7 +82,7 @@ def lower_rows(rows: Rows) -> Tensor:
 def _tableau(rows: Rows, b: Sequence[float | Fraction]) -> ButcherTableau:
     a = lower_rows(rows)
     c = a.sum(1)
-    # Times that are the step's ends must be so to the last bit.
+    # A stage at an end of the step must be there to the last bit.
     c = torch.where((c - c.round()).abs() < 1e-14, c.round(), c)
     return ButcherTableau(a, torch.tensor([float(value) for value in b], dtype=torch.float64), c)
 
@@ -152,12 +92,12 @@ def _fixed(name: str, order: int, rows: Rows, b: Sequence[float | Fraction]) -> 
 
 
 def _fixed_step_methods() -> list[ImplicitMethod]:
-    """One- to three-stage methods.
+    """Build the methods without an error estimate, of one to three stages.
 
-    gl4 and gl6 are Gauss's, radauIIA3 and radauIIA5 Radau's of type IIA (Hairer, Wanner, Solving ODEs II, tables
-    IV.5.1, IV.5.2, IV.5.5, IV.5.6); sdirk2 is Alexander's (SIAM J. Numer. Anal. 14, 1977, theorem 5); trbdf2 is that of
-    Hosea and Shampine (Appl. Numer. Math. 20, 1996). torchdiffeq's main branch has the same ones, but for gl4, both of
-    whose stages it has at 1/2 - sqrt(3)/6, so that its order is 1 where f depends on t.
+    gl4 and gl6 are Gauss's methods, radauIIA3 and radauIIA5 Radau's of type IIA (Hairer, Wanner, Solving ODEs II,
+    tables IV.5.1, IV.5.2, IV.5.5, IV.5.6); sdirk2 is Alexander's (SIAM J. Numer. Anal. 14, 1977, theorem 5); trbdf2 is
+    Hosea's and Shampine's (Appl. Numer. Math. 20, 1996). torchdiffeq's main branch has the same coefficients, except
+    that both stages of its gl4 are at 1/2 - sqrt(3)/6, which makes its order 1 where f depends on t.
     """
     r2, r3, r6, r15 = math.sqrt(2), math.sqrt(3), math.sqrt(6), math.sqrt(15)
     g = 1 - r2 / 2
@@ -196,11 +136,11 @@ def _fixed_step_methods() -> list[ImplicitMethod]:
 def _pair(
     name: str, order: int, implicit: Rows, explicit: Rows, b: Sequence[float | Fraction], embedded: Sequence[Fraction]
 ) -> list[ImplicitMethod]:
-    """The two methods of an additive pair: its implicit part for all of f, and both parts for f in two."""
+    """Build the two methods of an additive pair: the implicit part alone, and both parts for an f in two parts."""
     stiff, nonstiff = _tableau(implicit, b), _tableau(explicit, b)
     nonstiff = ButcherTableau(nonstiff.a, nonstiff.b, stiff.c)
     lower = torch.tensor([float(value) for value in embedded], dtype=torch.float64)
-    # As accurate and as damped as the number of stages allows.
+    # The highest order and strongest damping that the number of stages allows.
     alone = midpoint_weights([stiff], min(order, 4), 1 if order == 3 else 2)
     both = midpoint_weights([nonstiff, stiff], order - 1 if order == 3 else 3, 2)
     return [
@@ -210,7 +150,7 @@ def _pair(
 
 
 def _kencarp3() -> list[ImplicitMethod]:
-    """ARK3(2)4L[2]SA (Kennedy, Carpenter, Appl. Numer. Math. 44, 2003, appendix C)."""
+    """Build ARK3(2)4L[2]SA (Kennedy, Carpenter, Appl. Numer. Math. 44, 2003, appendix C)."""
     g = Fraction(1767732205903, 4055673282236)
     b = [
         Fraction(1471266399579, 7840856788654),
@@ -244,7 +184,7 @@ def _kencarp3() -> list[ImplicitMethod]:
 
 
 def _kencarp5() -> list[ImplicitMethod]:
-    """ARK5(4)8L[2]SA_2 (Kennedy, Carpenter, Appl. Numer. Math. 136, 2019): more accurate than that of 2003."""
+    """Build ARK5(4)8L[2]SA_2 (Kennedy, Carpenter, Appl. Numer. Math. 136, 2019), more accurate than that of 2003."""
     g = Fraction(2, 9)
     b = [
         Fraction(0),
@@ -337,4 +277,4 @@ def _kencarp5() -> list[ImplicitMethod]:
 METHODS: Mapping[str, ImplicitMethod] = {
     method.name: method for method in (*_fixed_step_methods(), *_kencarp3(), *_kencarp5())
 }
-"""All of them by name. Those with embedded weights are for adaptive steps, the others for steps that are given."""
+"""Implicit methods by name. Those with embedded weights are for adaptive steps, the others for given steps."""

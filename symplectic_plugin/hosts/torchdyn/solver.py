@@ -28,7 +28,7 @@ from ...field.compiled import evaluated_as_it_is, not_compiled
 from ...field.evaluation import require_slope
 from ...field.random_numbers import Generators
 from ...field.witness import Addresses, refuse_transforms
-from ...methods.tableau import read_rounded_tableau
+from ...methods.read_tableau import read_rounded_tableau
 from ...record.checkpoints import Checkpoints
 from ...record.kept import Graph, Kept
 from ...record.stage_graphs import StageGraphs

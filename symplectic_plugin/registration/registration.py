@@ -1,0 +1,107 @@
+"""Solvers put into one table of a host, and their removal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from symplectic_plugin.registration.discovery import Found, failure
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping, Sequence
+
+
+class _Entry(NamedTuple):
+    solver: Any
+    distribution: str
+    is_variant: bool
+
+
+class Registration:
+    """Record of what the plugin put into one table. Names that the host or the user gave are left as they are.
+
+    Args:
+        table: table of the host, from names to solvers.
+    """
+
+    def __init__(self, table: MutableMapping[str, Any]) -> None:
+        self.table = table
+        self._entries: dict[str, _Entry] = {}
+        self._installed: list[Any] = []
+
+    @property
+    def distributions(self) -> dict[str, str]:
+        """Distributions by registered name."""
+        return {name: entry.distribution for name, entry in self._entries.items()}
+
+    def fill(self, found: Sequence[Found]) -> list[str]:
+        """Put solvers and their variants into the table, where they are not yet; returns warnings for the user."""
+        problems: list[str] = []
+        self._entries = {name: entry for name, entry in self._entries.items() if self._is_in_table(name, entry)}
+        present = [each for each in found if self._put_solver(each, problems)]
+        # No variant is built on another one: the result depends neither on the order nor on the number of calls.
+        methods = {
+            name: solver
+            for name, solver in self.table.items()
+            if not (name in self._entries and self._entries[name].is_variant)
+        }
+        for each in present:
+            self._put_variants(each, methods, problems)
+        return problems
+
+    def withdraw(self) -> list[str]:
+        """Remove everything from the table; returns warnings for the user."""
+        problems = []
+        for name, entry in self._entries.items():
+            if self._is_in_table(name, entry):
+                del self.table[name]
+        for solver in reversed(self._installed):
+            try:
+                if callable(getattr(solver, "uninstall", None)):
+                    solver.uninstall()
+            except Exception as error:
+                problems.append(f"{solver!r} cannot be uninstalled: {error!r}")
+        return problems
+
+    def _is_in_table(self, name: str, entry: _Entry) -> bool:
+        """Tell whether the entry is still in the table, where the user may have replaced it."""
+        return self.table.get(name) is entry.solver
+
+    def _put_solver(self, found: Found, problems: list[str]) -> bool:
+        name, distribution, solver = found
+        if name not in self._entries and name not in self.table:
+            try:
+                self._install(solver)
+            except Exception as error:
+                problems.append(failure("cannot be installed", name, distribution, error))
+                return False
+        return self._put(name, _Entry(solver, distribution, is_variant=False), problems)
+
+    def _put_variants(self, found: Found, methods: dict[str, Any], problems: list[str]) -> None:
+        name, distribution, solver = found
+        if not callable(getattr(solver, "variants", None)):
+            return
+        try:
+            variants = dict(solver.variants(name, {other: each for other, each in methods.items() if other != name}))
+        except Exception as error:
+            problems.append(failure("has no variants", name, distribution, error))
+            return
+        for variant, variant_solver in variants.items():
+            self._put(variant, _Entry(variant_solver, distribution, is_variant=True), problems)
+
+    def _put(self, name: str, entry: _Entry, problems: list[str]) -> bool:
+        """Put an entry into the table, unless its name is taken; returns whether the name is registered."""
+        if name in self._entries:
+            return True
+        if name in self.table:
+            problems.append(f"{entry.distribution}: {name!r} is not registered, a solver of that name exists already")
+            return False
+        self.table[name] = entry.solver
+        self._entries[name] = entry
+        return True
+
+    def _install(self, solver: Any) -> None:
+        if any(solver is each for each in self._installed):  # a solver with two names
+            return
+        if callable(getattr(solver, "install", None)):
+            solver.install()
+        self._installed.append(solver)
