@@ -6,8 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from symplectic_plugin.registration.autoload import is_active
-from symplectic_plugin.registration.hosts import HOSTS
-from symplectic_plugin.registration.registry import registered
+from symplectic_plugin.registration.registry import HOSTS, registered
 
 _SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 

@@ -55,6 +55,14 @@ class TakenStep:
         """Slopes k_i of f, summed over its parts, shape (s, B, n)."""
         return total(self.parts)
 
+    def failure(self, name: str, t: float, h: float) -> RuntimeError:
+        """Return the error to raise for a step of size h from t of the method `name`, where elements failed."""
+        return RuntimeError(
+            f"{name}: Newton's method did not solve the step from t = {t:g} of size {h:g} ({int(self.failed.sum())} of "
+            f"{len(self.failed)} batch elements): {self.reason}. Take smaller steps, or an adaptive method (kencarp3, "
+            "kencarp5)."
+        )
+
 
 class ImplicitSteps:
     """Steps of one solve, which share Jacobians and LU factors.

@@ -17,8 +17,9 @@ from torch import Tensor
 from .midpoint_weights import midpoint_weights
 from .tableau import ButcherTableau
 
-Rows = Sequence[Sequence[float | Fraction] | Tensor]
-"""Rows of a lower triangular or full matrix, without their trailing zeros."""
+Row = Sequence[float | Fraction] | Tensor
+Rows = Sequence[Row]
+"""Rows of a square matrix, without their trailing zeros."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,20 +75,23 @@ def lower_rows(rows: Rows) -> Tensor:
     """Build a square float64 matrix from rows without their trailing zeros."""
     a = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for i, row in enumerate(rows):
-        for j, value in enumerate(row):
-            a[i, j] = float(value)
+        a[i, : len(row)] = _float64(row)
     return a
 
 
-def _tableau(rows: Rows, b: Sequence[float | Fraction]) -> ButcherTableau:
+def _float64(row: Row) -> Tensor:
+    return torch.tensor([float(value) for value in row], dtype=torch.float64)
+
+
+def _tableau(rows: Rows, b: Row) -> ButcherTableau:
     a = lower_rows(rows)
     c = a.sum(1)
     # A stage at an end of the step must be there to the last bit.
     c = torch.where((c - c.round()).abs() < 1e-14, c.round(), c)
-    return ButcherTableau(a, torch.tensor([float(value) for value in b], dtype=torch.float64), c)
+    return ButcherTableau(a, _float64(b), c)
 
 
-def _fixed(name: str, order: int, rows: Rows, b: Sequence[float | Fraction]) -> ImplicitMethod:
+def _fixed(name: str, order: int, rows: Rows, b: Row) -> ImplicitMethod:
     return ImplicitMethod(name, order, _tableau(rows, b))
 
 
@@ -101,7 +105,16 @@ def _fixed_step_methods() -> list[ImplicitMethod]:
     """
     r2, r3, r6, r15 = math.sqrt(2), math.sqrt(3), math.sqrt(6), math.sqrt(15)
     g = 1 - r2 / 2
-    radau5 = [(16 - r6) / 36, (16 + r6) / 36, 1 / 9]
+    gauss6 = [
+        [5 / 36, 2 / 9 - r15 / 15, 5 / 36 - r15 / 30],
+        [5 / 36 + r15 / 24, 2 / 9, 5 / 36 - r15 / 24],
+        [5 / 36 + r15 / 30, 2 / 9 + r15 / 15, 5 / 36],
+    ]
+    radau5 = [
+        [(88 - 7 * r6) / 360, (296 - 169 * r6) / 1800, (-2 + 3 * r6) / 225],
+        [(296 + 169 * r6) / 1800, (88 + 7 * r6) / 360, (-2 - 3 * r6) / 225],
+        [(16 - r6) / 36, (16 + r6) / 36, 1 / 9],
+    ]
     return [
         _fixed("implicit_euler", 1, [[1]], [1]),
         _fixed("implicit_midpoint", 2, [[0.5]], [1]),
@@ -109,37 +122,17 @@ def _fixed_step_methods() -> list[ImplicitMethod]:
         _fixed("sdirk2", 2, [[g], [1 - g, g]], [1 - g, g]),
         _fixed("trbdf2", 2, [[], [g, g], [r2 / 4, r2 / 4, g]], [r2 / 4, r2 / 4, g]),
         _fixed("gl4", 4, [[1 / 4, 1 / 4 - r3 / 6], [1 / 4 + r3 / 6, 1 / 4]], [0.5, 0.5]),
-        _fixed(
-            "gl6",
-            6,
-            [
-                [5 / 36, 2 / 9 - r15 / 15, 5 / 36 - r15 / 30],
-                [5 / 36 + r15 / 24, 2 / 9, 5 / 36 - r15 / 24],
-                [5 / 36 + r15 / 30, 2 / 9 + r15 / 15, 5 / 36],
-            ],
-            [5 / 18, 4 / 9, 5 / 18],
-        ),
+        _fixed("gl6", 6, gauss6, [5 / 18, 4 / 9, 5 / 18]),
         _fixed("radauIIA3", 3, [[5 / 12, -1 / 12], [3 / 4, 1 / 4]], [3 / 4, 1 / 4]),
-        _fixed(
-            "radauIIA5",
-            5,
-            [
-                [(88 - 7 * r6) / 360, (296 - 169 * r6) / 1800, (-2 + 3 * r6) / 225],
-                [(296 + 169 * r6) / 1800, (88 + 7 * r6) / 360, (-2 - 3 * r6) / 225],
-                radau5,
-            ],
-            radau5,
-        ),
+        _fixed("radauIIA5", 5, radau5, radau5[-1]),
     ]
 
 
-def _pair(
-    name: str, order: int, implicit: Rows, explicit: Rows, b: Sequence[float | Fraction], embedded: Sequence[Fraction]
-) -> list[ImplicitMethod]:
-    """Build the two methods of an additive pair: the implicit part alone, and both parts for an f in two parts."""
-    stiff, nonstiff = _tableau(implicit, b), _tableau(explicit, b)
-    nonstiff = ButcherTableau(nonstiff.a, nonstiff.b, stiff.c)
-    lower = torch.tensor([float(value) for value in embedded], dtype=torch.float64)
+def _pair(name: str, order: int, implicit: Rows, explicit: Rows, embedded: Row) -> list[ImplicitMethod]:
+    """Build the two methods of a stiffly accurate additive pair: its implicit part alone, and both parts together."""
+    stiff = _tableau(implicit, implicit[-1])
+    nonstiff = ButcherTableau(lower_rows(explicit), stiff.b, stiff.c)
+    lower = _float64(embedded)
     # The highest order and strongest damping that the number of stages allows.
     alone = midpoint_weights([stiff], min(order, 4), 1 if order == 3 else 2)
     both = midpoint_weights([nonstiff, stiff], order - 1 if order == 3 else 3, 2)
@@ -149,132 +142,70 @@ def _pair(
     ]
 
 
+def _rows(text: str) -> list[list[Fraction]]:
+    """Parse rows of fractions, separated by semicolons."""
+    return [[Fraction(value) for value in row.split()] for row in text.split(";")]
+
+
 def _kencarp3() -> list[ImplicitMethod]:
     """Build ARK3(2)4L[2]SA (Kennedy, Carpenter, Appl. Numer. Math. 44, 2003, appendix C)."""
-    g = Fraction(1767732205903, 4055673282236)
-    b = [
-        Fraction(1471266399579, 7840856788654),
-        Fraction(-4482444167858, 7529755066697),
-        Fraction(11266239266428, 11593286722821),
-        g,
-    ]
-    implicit = [
-        [],
-        [g, g],
-        [Fraction(2746238789719, 10658868560708), Fraction(-640167445237, 6845629431997), g],
-        b,
-    ]
-    explicit = [
-        [],
-        [2 * g],
-        [Fraction(5535828885825, 10492691773637), Fraction(788022342437, 10882634858940)],
-        [
-            Fraction(6485989280629, 16251701735622),
-            Fraction(-4246266847089, 9704473918619),
-            Fraction(10755448449292, 10357097424841),
-        ],
-    ]
-    embedded = [
-        Fraction(2756255671327, 12835298489170),
-        Fraction(-10771552573575, 22201958757719),
-        Fraction(9247589265047, 10645013368117),
-        Fraction(2193209047091, 5459859503100),
-    ]
-    return _pair("kencarp3", 3, implicit, explicit, b, embedded)
+    implicit = _rows("""
+        ;
+        1767732205903/4055673282236 1767732205903/4055673282236;
+        2746238789719/10658868560708 -640167445237/6845629431997 1767732205903/4055673282236;
+        1471266399579/7840856788654 -4482444167858/7529755066697 11266239266428/11593286722821
+        1767732205903/4055673282236
+    """)
+    explicit = _rows("""
+        ;
+        1767732205903/2027836641118;
+        5535828885825/10492691773637 788022342437/10882634858940;
+        6485989280629/16251701735622 -4246266847089/9704473918619 10755448449292/10357097424841
+    """)
+    embedded = _rows("""
+        2756255671327/12835298489170 -10771552573575/22201958757719 9247589265047/10645013368117
+        2193209047091/5459859503100
+    """)
+    return _pair("kencarp3", 3, implicit, explicit, embedded[0])
 
 
 def _kencarp5() -> list[ImplicitMethod]:
     """Build ARK5(4)8L[2]SA_2 (Kennedy, Carpenter, Appl. Numer. Math. 136, 2019), more accurate than that of 2003."""
-    g = Fraction(2, 9)
-    b = [
-        Fraction(0),
-        Fraction(0),
-        Fraction(3517720773327, 20256071687669),
-        Fraction(4569610470461, 17934693873752),
-        Fraction(2819471173109, 11655438449929),
-        Fraction(3296210113763, 10722700128969),
-        Fraction(-1142099968913, 5710983926999),
-        g,
-    ]
-    first_two = [  # a_i1 = a_i2
-        Fraction(2366667076620, 8822750406821),
-        Fraction(-257962897183, 4451812247028),
-        Fraction(-486229321650, 11227943450093),
-        Fraction(621307788657, 4714163060173),
-        Fraction(2036305566805, 6583108094622),
-    ]
-    rest = [
-        [],
-        [Fraction(128530224461, 14379561246022)],
-        [Fraction(-225633144460, 6633558740617), Fraction(1741320951451, 6824444397158)],
-        [
-            Fraction(-125196015625, 3866852212004),
-            Fraction(940440206406, 7593089888465),
-            Fraction(961109811699, 6734810228204),
-        ],
-        [
-            Fraction(-3039402635899, 4450598839912),
-            Fraction(-1829510709469, 31102090912115),
-            Fraction(-286320471013, 6931253422520),
-            Fraction(8651533662697, 9642993110008),
-        ],
-    ]
-    implicit = [[], [g, g], *([a, a, *row, g] for a, row in zip(first_two, rest, strict=True)), b]
-    last = Fraction(2193717860234, 3570523412979)
-    explicit = [
-        [],
-        [2 * g],
-        [Fraction(1, 9), Fraction(1183333538310, 1827251437969)],
-        [
-            Fraction(895379019517, 9750411845327),
-            Fraction(477606656805, 13473228687314),
-            Fraction(-112564739183, 9373365219272),
-        ],
-        [
-            Fraction(-4458043123994, 13015289567637),
-            Fraction(-2500665203865, 9342069639922),
-            Fraction(983347055801, 8893519644487),
-            Fraction(2185051477207, 2551468980502),
-        ],
-        [
-            Fraction(-167316361917, 17121522574472),
-            Fraction(1605541814917, 7619724128744),
-            Fraction(991021770328, 13052792161721),
-            Fraction(2342280609577, 11279663441611),
-            Fraction(3012424348531, 12792462456678),
-        ],
-        [
-            Fraction(6680998715867, 14310383562358),
-            Fraction(5029118570809, 3897454228471),
-            Fraction(2415062538259, 6382199904604),
-            Fraction(-3924368632305, 6964820224454),
-            Fraction(-4331110370267, 15021686902756),
-            Fraction(-3944303808049, 11994238218192),
-        ],
-        [
-            last,
-            last,
-            Fraction(5952760925747, 18750164281544),
-            Fraction(-4412967128996, 6196664114337),
-            Fraction(4151782504231, 36106512998704),
-            Fraction(572599549169, 6265429158920),
-            Fraction(-457874356192, 11306498036315),
-        ],
-    ]
-    embedded = [
-        Fraction(0),
-        Fraction(0),
-        Fraction(520639020421, 8300446712847),
-        Fraction(4550235134915, 17827758688493),
-        Fraction(1482366381361, 6201654941325),
-        Fraction(5551607622171, 13911031047899),
-        Fraction(-5266607656330, 36788968843917),
-        Fraction(1074053359553, 5740751784926),
-    ]
-    return _pair("kencarp5", 5, implicit, explicit, b, embedded)
+    implicit = _rows("""
+        ;
+        2/9 2/9;
+        2366667076620/8822750406821 2366667076620/8822750406821 2/9;
+        -257962897183/4451812247028 -257962897183/4451812247028 128530224461/14379561246022 2/9;
+        -486229321650/11227943450093 -486229321650/11227943450093 -225633144460/6633558740617
+        1741320951451/6824444397158 2/9;
+        621307788657/4714163060173 621307788657/4714163060173 -125196015625/3866852212004 940440206406/7593089888465
+        961109811699/6734810228204 2/9;
+        2036305566805/6583108094622 2036305566805/6583108094622 -3039402635899/4450598839912
+        -1829510709469/31102090912115 -286320471013/6931253422520 8651533662697/9642993110008 2/9;
+        0 0 3517720773327/20256071687669 4569610470461/17934693873752 2819471173109/11655438449929
+        3296210113763/10722700128969 -1142099968913/5710983926999 2/9
+    """)
+    explicit = _rows("""
+        ;
+        4/9;
+        1/9 1183333538310/1827251437969;
+        895379019517/9750411845327 477606656805/13473228687314 -112564739183/9373365219272;
+        -4458043123994/13015289567637 -2500665203865/9342069639922 983347055801/8893519644487
+        2185051477207/2551468980502;
+        -167316361917/17121522574472 1605541814917/7619724128744 991021770328/13052792161721
+        2342280609577/11279663441611 3012424348531/12792462456678;
+        6680998715867/14310383562358 5029118570809/3897454228471 2415062538259/6382199904604
+        -3924368632305/6964820224454 -4331110370267/15021686902756 -3944303808049/11994238218192;
+        2193717860234/3570523412979 2193717860234/3570523412979 5952760925747/18750164281544
+        -4412967128996/6196664114337 4151782504231/36106512998704 572599549169/6265429158920
+        -457874356192/11306498036315
+    """)
+    embedded = _rows("""
+        0 0 520639020421/8300446712847 4550235134915/17827758688493 1482366381361/6201654941325
+        5551607622171/13911031047899 -5266607656330/36788968843917 1074053359553/5740751784926
+    """)
+    return _pair("kencarp5", 5, implicit, explicit, embedded[0])
 
 
-METHODS: Mapping[str, ImplicitMethod] = {
-    method.name: method for method in (*_fixed_step_methods(), *_kencarp3(), *_kencarp5())
-}
+METHODS: Mapping[str, ImplicitMethod] = {m.name: m for m in (*_fixed_step_methods(), *_kencarp3(), *_kencarp5())}
 """Implicit methods by name. Those with embedded weights are for adaptive steps, the others for given steps."""

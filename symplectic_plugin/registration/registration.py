@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from symplectic_plugin.registration.discovery import Found, failure
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
-
-
-class _Entry(NamedTuple):
-    solver: Any
-    distribution: str
-    is_variant: bool
 
 
 class Registration:
@@ -25,7 +19,8 @@ class Registration:
 
     def __init__(self, table: MutableMapping[str, Any]) -> None:
         self.table = table
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Found] = {}
+        self._variants: set[str] = set()
         self._installed: list[Any] = []
 
     @property
@@ -39,11 +34,8 @@ class Registration:
         self._entries = {name: entry for name, entry in self._entries.items() if self._is_in_table(name, entry)}
         present = [each for each in found if self._put_solver(each, problems)]
         # No variant is built on another one: the result depends neither on the order nor on the number of calls.
-        methods = {
-            name: solver
-            for name, solver in self.table.items()
-            if not (name in self._entries and self._entries[name].is_variant)
-        }
+        variants = self._variants & self._entries.keys()
+        methods = {name: solver for name, solver in self.table.items() if name not in variants}
         for each in present:
             self._put_variants(each, methods, problems)
         return problems
@@ -62,19 +54,18 @@ class Registration:
                 problems.append(f"{solver!r} cannot be uninstalled: {error!r}")
         return problems
 
-    def _is_in_table(self, name: str, entry: _Entry) -> bool:
+    def _is_in_table(self, name: str, entry: Found) -> bool:
         """Tell whether the entry is still in the table, where the user may have replaced it."""
         return self.table.get(name) is entry.solver
 
     def _put_solver(self, found: Found, problems: list[str]) -> bool:
-        name, distribution, solver = found
-        if name not in self._entries and name not in self.table:
+        if found.name not in self._entries and found.name not in self.table:
             try:
-                self._install(solver)
+                self._install(found.solver)
             except Exception as error:
-                problems.append(failure("cannot be installed", name, distribution, error))
+                problems.append(failure("cannot be installed", found.name, found.distribution, error))
                 return False
-        return self._put(name, _Entry(solver, distribution, is_variant=False), problems)
+        return self._put(found, problems)
 
     def _put_variants(self, found: Found, methods: dict[str, Any], problems: list[str]) -> None:
         name, distribution, solver = found
@@ -86,17 +77,20 @@ class Registration:
             problems.append(failure("has no variants", name, distribution, error))
             return
         for variant, variant_solver in variants.items():
-            self._put(variant, _Entry(variant_solver, distribution, is_variant=True), problems)
+            self._variants.add(variant)
+            self._put(Found(variant, distribution, variant_solver), problems)
 
-    def _put(self, name: str, entry: _Entry, problems: list[str]) -> bool:
-        """Put an entry into the table, unless its name is taken; returns whether the name is registered."""
-        if name in self._entries:
-            return True
-        if name in self.table:
-            problems.append(f"{entry.distribution}: {name!r} is not registered, a solver of that name exists already")
-            return False
-        self.table[name] = entry.solver
-        self._entries[name] = entry
+    def _put(self, found: Found, problems: list[str]) -> bool:
+        """Put a solver into the table, unless its name is taken; returns whether the name is registered."""
+        name = found.name
+        if name not in self._entries:
+            if name in self.table:
+                problems.append(
+                    f"{found.distribution}: {name!r} is not registered, a solver of that name exists already"
+                )
+                return False
+            self.table[name] = found.solver
+            self._entries[name] = found
         return True
 
     def _install(self, solver: Any) -> None:

@@ -31,11 +31,46 @@ import warnings
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from symplectic_plugin.registration.discovery import discover
-from symplectic_plugin.registration.hosts import HOSTS, SLOW_TO_IMPORT, Group, chosen
 from symplectic_plugin.registration.import_hook import complain, in_progress, when_complete
 from symplectic_plugin.registration.registration import Registration
+
+
+class Group(NamedTuple):
+    """Group of entry points and the table of a host for its solvers.
+
+    Attributes:
+        name: name of the group.
+        module: module that has the table.
+        table: name of the table in the module, a mutable mapping from names to solvers.
+        after: module of the host that must have been executed before the table is filled.
+    """
+
+    name: str
+    module: str
+    table: str
+    after: str
+
+
+HOSTS: dict[str, tuple[Group, ...]] = {
+    "torchdiffeq": (
+        Group("torchdiffeq.solvers", "torchdiffeq._impl.odeint", "SOLVERS", after="torchdiffeq._impl.adjoint"),
+    ),
+    "torchdyn": (
+        Group("torchdyn.solvers", "torchdyn.numerics.solvers.ode", "SOLVER_DICT", after="torchdyn.numerics.odeint"),
+        # torchdyn itself has no table of sensitivities.
+        Group(
+            "torchdyn.sensitivities", "symplectic_plugin.hosts.torchdyn", "SENSITIVITIES",
+            after="torchdyn.core.problems",
+        ),
+    ),
+}  # fmt: skip
+"""Name of a host's package, which is that of its distribution too -> groups of entry points."""
+
+_SLOW_TO_IMPORT = ("torchdyn",)
+"""Hosts that are only imported where they are named, as that takes seconds."""
 
 _registrations: dict[str, dict[Group, Registration]] = {}  # by host
 _left_alone: set[str] = set()  # hosts that the user unregistered
@@ -62,13 +97,13 @@ def register(host: str | None = None) -> None:
     """
     from symplectic_plugin.registration import autoload
 
-    installed = [name for name in chosen(host) if find_spec(name) is not None]
+    installed = [name for name in _chosen(host) if find_spec(name) is not None]
     if not installed:
         name = host or next(iter(HOSTS))
         raise ImportError(f"{name if host else 'no ODE library to register with'} is not installed: pip install {name}")
     for name in installed:
         _left_alone.discard(name)
-        if host is not None or name not in SLOW_TO_IMPORT:
+        if host is not None or name not in _SLOW_TO_IMPORT:
             for group in HOSTS[name]:
                 import_module(group.after)
     autoload.install_hook()
@@ -88,7 +123,7 @@ def unregister(host: str | None = None) -> None:
     Raises:
         ValueError: if there is no host of that name.
     """
-    for name in chosen(host):
+    for name in _chosen(host):
         _left_alone.add(name)
         for problem in _withdraw(name):
             warnings.warn(problem, RuntimeWarning, stacklevel=2)
@@ -123,6 +158,17 @@ def host_executed(host: str) -> None:
         when_complete(spec, partial(host_executed, host))
     for problem in _register(host):
         complain(problem)
+
+
+def _chosen(host: str | None) -> list[str]:
+    """List the named host, or all hosts for None.
+
+    Raises:
+        ValueError: if there is no host of that name.
+    """
+    if host is not None and host not in HOSTS:
+        raise ValueError(f"unknown host {host!r}: the hosts are {', '.join(sorted(HOSTS))}")
+    return list(HOSTS) if host is None else [host]
 
 
 def _register(host: str) -> list[str]:

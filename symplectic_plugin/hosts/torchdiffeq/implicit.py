@@ -127,6 +127,27 @@ class _Implicit:
         if not bool(off <= 1e-3 * sum(torch.linalg.vector_norm(part) for part in parts)):
             raise ValueError(f"{self.method.name}: func is not the sum of func.stiff and func.nonstiff")
 
+    def integrate(self, t: Tensor) -> Tensor:
+        """Compute the solution at the times t, shape (len(t), *y0.shape)."""
+        with torch.no_grad():
+            solution = super().integrate(t)  # type: ignore[misc]
+        return self._refused(solution, t)
+
+    def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute the time of an event, and the states at t0 and at that time, as torchdiffeq does.
+
+        Raises:
+            ValueError: if the method is additive.
+        """
+        if self.method.nonstiff is not None:
+            raise ValueError(
+                f"{self.method.name}: there are no events with it, since its interpolant is not accurate inside steps "
+                f"where the system is stiff: use {self.method.name.removesuffix('_imex')}"
+            )
+        with torch.no_grad():
+            event_t, solution = super().integrate_until_event(t0, event_fn)  # type: ignore[misc]
+        return event_t, self._refused(solution, t0)
+
     def _refused(self, solution: Tensor, t: Tensor) -> Tensor:
         """Give the solution a graph that raises in the backward pass, unless gradients are disabled."""
         if not torch.is_grad_enabled():
@@ -153,25 +174,9 @@ class FixedGridImplicit(_Implicit, FixedGridODESolver):
         first = f0 if self.method.explicit_first_stage else None
         taken = self.take(t0, dt, t1, y0, self.stage_keywords(), first)
         if bool(taken.failed.any()):
-            raise RuntimeError(
-                f"{self.method.name}: Newton's method did not solve the step from t = {float(t0):g} of size "
-                f"{float(dt):g} ({int(taken.failed.sum())} of {len(taken.failed)} batch elements): {taken.reason}. "
-                "Take smaller steps, or an adaptive method (kencarp3, kencarp5)."
-            )
+            raise taken.failure(self.method.name, float(t0), float(dt))
         shaped = self.layout.shaped
         return shaped(taken.increment), shaped(taken.slopes[0]) if f0 is None else f0
-
-    def integrate(self, t: Tensor) -> Tensor:
-        """Compute the solution at the times t, shape (len(t), *y0.shape)."""
-        with torch.no_grad():
-            solution = super().integrate(t)
-        return self._refused(solution, t)
-
-    def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute the time of an event, and the states at t0 and at that time, as torchdiffeq does."""
-        with torch.no_grad():
-            event_t, solution = super().integrate_until_event(t0, event_fn)
-        return event_t, self._refused(solution, t0)
 
 
 class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
@@ -252,27 +257,6 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
                 f"{float(dt):g}, which can't be made smaller: {reason}"
             )
         return rk_state._replace(t0=t0, dt=smaller)
-
-    def integrate(self, t: Tensor) -> Tensor:
-        """Compute the solution at the times t, shape (len(t), *y0.shape)."""
-        with torch.no_grad():
-            solution = super().integrate(t)
-        return self._refused(solution, t)
-
-    def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute the time of an event, and the states at t0 and at that time, as torchdiffeq does.
-
-        Raises:
-            ValueError: if the method is additive.
-        """
-        if self.method.nonstiff is not None:
-            raise ValueError(
-                f"{self.method.name}: there are no events with it, since its interpolant is not accurate inside steps "
-                f"where the system is stiff: use {self.method.name.removesuffix('_imex')}"
-            )
-        with torch.no_grad():
-            event_t, solution = super().integrate_until_event(t0, event_fn)
-        return event_t, self._refused(solution, t0)
 
 
 class _Slopes:

@@ -153,11 +153,7 @@ class ImplicitSolver(DiffEqSolver):
             # torchdyn shrinks a step of infinite error by the factor min_factor.
             smaller = dt * self.min_factor.to(dt)
             if embedded is None or not bool((t + smaller > t) & (smaller > torch.finfo(dt.dtype).tiny)):
-                raise RuntimeError(
-                    f"{self.name}: Newton's method did not solve the step from t = {t.item():g} of size {h:g} "
-                    f"({int(taken.failed.sum())} of {len(taken.failed)} batch elements): {taken.reason}. Take smaller "
-                    "steps, or an adaptive method (kencarp3, kencarp5)."
-                )
+                raise taken.failure(self.name, t.item(), h)
             self.steps.newton.forget()
             return x.clone(), (layout.shaped(taken.slopes[0]), torch.full_like(x, float("inf")), Slopes())
         if embedded is None:
