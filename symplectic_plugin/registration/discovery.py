@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from symplectic_plugin.registration.import_hook import in_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from importlib.machinery import ModuleSpec
 
 _OWN_DISTRIBUTION = "symplectic-plugin"
@@ -23,45 +22,34 @@ class Found(NamedTuple):
     solver: Any
 
 
-@dataclass(frozen=True)
-class Discovery:
-    """Entry points of one group.
-
-    Attributes:
-        found: loaded solvers, one for each name.
-        importing: specs of entry points' modules whose import is in progress, so that the solver may not exist yet.
-        problems: warnings for the user.
-    """
-
-    found: list[Found] = field(default_factory=list)
-    importing: list[ModuleSpec] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def discover(group: str, taken: Mapping[str, str]) -> Discovery:
-    """Load the entry points of a group.
+def discover(
+    group: str, taken: Mapping[str, str], problems: list[str], when_importing: Callable[[ModuleSpec], None]
+) -> list[Found]:
+    """Load the entry points of a group, one for each name.
 
     Of two entry points with one name, that of `taken` precedes, then the plugin's own, then the first by distribution.
 
     Args:
         group: name of the group.
         taken: distributions by the names that are registered already.
+        problems: list to which warnings for the user are appended.
+        when_importing: called instead of loading an entry point whose module's import is in progress, so that the
+            solver may not exist yet, with the spec of the module.
     """
-    discovery = Discovery()
-    for entry_point in _one_by_name(group, taken, discovery.problems):
-        importing = in_progress(entry_point.module)
-        if importing is not None:
-            discovery.importing.append(importing)
+    found = []
+    for entry_point in _one_by_name(group, taken, problems):
+        if (importing := in_progress(entry_point.module)) is not None:
+            when_importing(importing)
             continue
         try:
             solver = entry_point.load()
             if not callable(solver):
                 raise TypeError(f"{solver!r} is not callable")
         except Exception as error:
-            discovery.problems.append(failure("cannot be loaded", entry_point.name, _distribution(entry_point), error))
+            problems.append(failure("cannot be loaded", entry_point.name, _distribution(entry_point), error))
         else:
-            discovery.found.append(Found(entry_point.name, _distribution(entry_point), solver))
-    return discovery
+            found.append(Found(entry_point.name, _distribution(entry_point), solver))
+    return found
 
 
 def failure(what: str, name: str, distribution: str, error: Exception) -> str:

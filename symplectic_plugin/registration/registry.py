@@ -174,17 +174,14 @@ def _chosen(host: str | None) -> list[str]:
 def _register(host: str) -> list[str]:
     """Register with the imported modules of a host; returns warnings for the user, to be issued after all else."""
     problems: list[str] = []
+    when_importing = partial(when_complete, call=partial(host_executed, host))
     for group in HOSTS[host]:
         if group.after not in sys.modules or in_progress(group.after) is not None:
             continue
         # Outside the lock: loading takes import locks, and a thread that holds one of those may wait for this lock.
-        discovery = discover(group.name, registered().get(group.name, {}))
-        for spec in discovery.importing:
-            when_complete(spec, partial(host_executed, host))
-        problems += discovery.problems
+        found = discover(group.name, registered().get(group.name, {}), problems, when_importing)
         with _lock:
-            registration = _registration(host, group, problems)
-            problems += registration.fill(discovery.found)
+            problems += _registration(host, group, problems).fill(found)
     return problems
 
 

@@ -21,23 +21,10 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTab
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 __all__ = [
-    "HAS_STEP_LIMITS",
-    "IMPLICIT_FAMILIES",
-    "NULL_CALLBACK",
-    "AdamsBashforthMoulton",
-    "FixedGridODESolver",
-    "Perturb",
-    "RKAdaptiveStepsizeODESolver",
-    "_ButcherTableau",
-    "_PerturbFunc",
-    "_ReverseFunc",
-    "_TupleFunc",
-    "_optimal_step_size",
-    "_runge_kutta_step",
-    "adjoint_module",
-    "is_wrapper",
-    "solver_table",
-]
+    "HAS_STEP_LIMITS", "IMPLICIT_FAMILIES", "NULL_CALLBACK", "AdamsBashforthMoulton", "FixedGridODESolver", "Perturb",
+    "RKAdaptiveStepsizeODESolver", "_ButcherTableau", "_PerturbFunc", "_ReverseFunc", "_TupleFunc",
+    "_optimal_step_size", "_runge_kutta_step", "adjoint_module", "is_wrapper", "solver_table",
+]  # fmt: skip
 
 HAS_STEP_LIMITS = "min_step" in inspect.signature(RKAdaptiveStepsizeODESolver.__init__).parameters
 """Whether adaptive methods have limits for step sizes, and callbacks."""

@@ -72,7 +72,7 @@ class _Implicit:
 
     def parts_of(self, func: Any) -> tuple[Any, Any]:
         """Return the stiff and the nonstiff part of a vector field."""
-        return _parts(func, self.method.name)
+        return _part(func, "stiff", self.method.name), _part(func, "nonstiff", self.method.name)
 
     @abstractmethod
     def stage_keywords(self) -> list[dict[str, Any]]:
@@ -280,34 +280,30 @@ class _Slopes:
         return next(self._slopes)
 
 
-def _parts(func: Any, name: str) -> tuple[Any, Any]:
-    """Return the stiff and the nonstiff part of a vector field, each in the field's wrappers.
+def _part(func: Any, part: str, method: str) -> Any:
+    """Return the stiff or the nonstiff part of a vector field, in wrappers like the field's.
 
     Args:
         func: vector field in torchdiffeq's wrappers.
-        name: name of the method, for the error.
+        part: "stiff" or "nonstiff".
+        method: name of the method, for the error.
 
     Raises:
-        ValueError: if the user's function has no attributes `stiff` and `nonstiff`.
+        ValueError: if the user's function has no such part.
     """
-    wrappers, user = [], func
-    while isinstance(user, (_PerturbFunc, _ReverseFunc, _TupleFunc)):
-        wrappers.append(user)
-        user = user.base_func
-    parts = [getattr(user, part, None) for part in ("stiff", "nonstiff")]
-    if not all(callable(part) for part in parts):
+    if isinstance(func, _TupleFunc):
+        return _TupleFunc(_part(func.base_func, part, method), func.shapes)
+    if isinstance(func, _ReverseFunc):
+        return _ReverseFunc(_part(func.base_func, part, method), func.mul)
+    if isinstance(func, _PerturbFunc):
+        return _PerturbFunc(_part(func.base_func, part, method))
+    function = getattr(func, part, None)
+    if not callable(function):
         raise ValueError(
-            f"{name}: func must offer its two parts as func.stiff(t, y) and func.nonstiff(t, y), which add up to "
-            f"func(t, y). For all of it to be implicit: {name.removesuffix('_imex')}."
+            f"{method}: func must offer its two parts as func.stiff(t, y) and func.nonstiff(t, y), which add up to "
+            f"func(t, y). For all of it to be implicit: {method.removesuffix('_imex')}."
         )
-    for wrapper in reversed(wrappers):
-        if isinstance(wrapper, _TupleFunc):
-            parts = [_TupleFunc(part, wrapper.shapes) for part in parts]
-        elif isinstance(wrapper, _ReverseFunc):
-            parts = [_ReverseFunc(part, wrapper.mul) for part in parts]
-        else:
-            parts = [_PerturbFunc(part) for part in parts]
-    return parts[0], parts[1]
+    return function
 
 
 def _solver(method: ImplicitMethod) -> type:

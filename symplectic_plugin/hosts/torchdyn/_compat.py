@@ -9,14 +9,9 @@ from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitE
 from torchdyn.numerics.solvers.templates import DiffEqSolver
 
 __all__ = [
-    "MS_SOLVER_DICT",
-    "SOLVER_DICT",
-    "DiffEqSolver",
-    "ImplicitEuler",
-    "ParallelImplicitEuler",
-    "odeint_module",
+    "MS_SOLVER_DICT", "SOLVER_DICT", "DiffEqSolver", "ImplicitEuler", "ParallelImplicitEuler", "odeint_module",
     "problems_module",
-]
+]  # fmt: skip
 
 
 def odeint_module() -> ModuleType:
