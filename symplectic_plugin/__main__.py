@@ -27,12 +27,11 @@ def main() -> None:
 
 
 def _print_group(group: str) -> None:
-    names_by_distribution: dict[str, list[str]] = {}
-    for name, distribution in registered().get(group, {}).items():
-        names_by_distribution.setdefault(distribution, []).append(name)
-    for distribution, names in names_by_distribution.items():
+    distributions = registered().get(group, {})
+    for distribution in dict.fromkeys(distributions.values()):
+        names = [name for name, by in distributions.items() if by == distribution]
         print(f"{group}: by {distribution}: {', '.join(names)}")
-    if not names_by_distribution:
+    if not distributions:
         print(f"{group}: nothing registered")
 
 

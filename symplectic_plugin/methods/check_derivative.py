@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .linear import row_norm
 from .stage_field import GraphOf, StageField
 
 
@@ -34,7 +35,7 @@ def check_derivative(field: StageField, x: Tensor) -> None:
 
 
 def _check_same_value(field: StageField, x: Tensor, slope: Tensor) -> None:
-    if bool((_norm(field.value(x) - slope) > torch.finfo(x.dtype).eps ** 0.5 * _norm(slope)).any()):
+    if bool((row_norm(field.value(x) - slope) > torch.finfo(x.dtype).eps ** 0.5 * row_norm(slope)).any()):
         raise RuntimeError(
             "the vector field returns another value each time that it is evaluated at one point, so an implicit "
             "method's equations have no solution: it draws random numbers (dropout in training mode) or changes itself."
@@ -68,7 +69,7 @@ def _check_quotients(field: StageField, x: Tensor, along: Tensor, across: Tensor
         offs.append(((quotients[-1] * across).sum(-1) - pulled).abs() - noise)
     off = torch.minimum(*offs)
     apart = ((quotients[0] - quotients[1]) * across).sum(-1).abs()
-    scale = torch.maximum(pulled.abs(), _norm(quotients[0]))
+    scale = torch.maximum(pulled.abs(), row_norm(quotients[0]))
     wrong = (off > 1e-2 * scale) & (apart < 0.5 * off) & off.isfinite()
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
@@ -82,7 +83,3 @@ def _check_quotients(field: StageField, x: Tensor, along: Tensor, across: Tensor
 
 def _random_signs(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)

@@ -12,6 +12,11 @@ Operator = Callable[[Tensor], Tensor]
 """Linear map from (B, m) to (B, m), row by row."""
 
 
+def row_norm(x: Tensor) -> Tensor:
+    """Compute the Euclidean norm over the last dimension."""
+    return torch.linalg.vector_norm(x, dim=-1)
+
+
 class Factors:
     """LU factors of I - (A kron J), with coefficients A (times the step's size) and Jacobians J of f.
 
@@ -82,23 +87,23 @@ def gmres(
         dimension: largest dimension of the Krylov spaces.
         restarts: number of Krylov spaces, each begun at the solution from the one before.
     """
-    goal = tolerance * _norm(right)
+    goal = tolerance * row_norm(right)
     x, residual = torch.zeros_like(right), right
     products = 0
     for _ in range(restarts):
-        norm = _norm(residual)
+        norm = row_norm(residual)
         if bool((norm <= goal).all()) or not bool(norm.isfinite().all()):
             break
         step, taken = _minimize(operator, preconditioner, residual, goal, min(dimension, right.shape[1]))
         better = x + step
         remaining = right - operator(better)
         products += taken + 1
-        improved = _norm(remaining) < norm
+        improved = row_norm(remaining) < norm
         x = torch.where(improved[:, None], better, x)
         residual = torch.where(improved[:, None], remaining, residual)
         if not bool(improved.any()):
             break
-    return KrylovResult(x, _norm(residual) <= goal, products)
+    return KrylovResult(x, row_norm(residual) <= goal, products)
 
 
 def _minimize(
@@ -117,7 +122,7 @@ def _minimize(
         The step from the start, shape (B, m), and the number of products with the operator.
     """
     limits = torch.finfo(residual.dtype)
-    norm = _norm(residual)
+    norm = row_norm(residual)
     basis = [residual / norm.clamp_min(limits.tiny)[:, None]]
     directions: list[Tensor] = []
     h = residual.new_zeros(len(residual), columns + 1, columns)
@@ -126,13 +131,13 @@ def _minimize(
     for j in range(columns):
         directions.append(basis[j] if preconditioner is None else preconditioner(basis[j]))
         w = operator(directions[j])
-        size = _norm(w)
+        size = row_norm(w)
         q = torch.stack(basis, 1)
         for _ in range(2):  # twice is enough to be orthogonal to rounding
             overlap = torch.einsum("bjm,bm->bj", q, w)
             w = w - torch.einsum("bjm,bj->bm", q, overlap)
             h[:, : j + 1, j] += overlap
-        left = _norm(w)
+        left = row_norm(w)
         left = torch.where(left <= 10 * limits.eps * size, 0, left)  # the space is exhausted
         h[:, j + 1, j] = left
         basis.append(torch.where(left[:, None] > 0, w / left.clamp_min(limits.tiny)[:, None], 0))
@@ -151,9 +156,5 @@ def _least_squares(matrix: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     r = r + torch.diag_embed(torch.where(empty, torch.ones_like(diagonal), 0))
     right = torch.where(empty, 0, torch.einsum("bij,bi->bj", q, target))
     weights = torch.linalg.solve_triangular(r, right[..., None], upper=True)[..., 0]
-    off = _norm(target - torch.einsum("bij,bj->bi", matrix, weights))
+    off = row_norm(target - torch.einsum("bij,bj->bi", matrix, weights))
     return weights, off
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)

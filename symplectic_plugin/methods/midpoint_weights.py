@@ -53,11 +53,7 @@ def _conditions(parts: Sequence[ButcherTableau], order: int) -> list[tuple[Tenso
         [(one, 1)],
         [(c, 2)],
         [(c * c, 3), *((ac, 6) for ac in second)],
-        [
-            (c**3, 4),
-            *((c * ac, 8) for ac in second),
-            *((p.a @ (c * c), 12) for p in parts),
-            *((p.a @ ac, 24) for p in parts for ac in second),
-        ],
+        [(c**3, 4), *((c * ac, 8) for ac in second), *((p.a @ (c * c), 12) for p in parts)],
     ]
+    trees[3] += [(p.a @ ac, 24) for p in parts for ac in second]
     return [(phi, 0.5**q / gamma) for q in range(1, order + 1) for phi, gamma in trees[q - 1]]

@@ -6,7 +6,9 @@ stages is an error of the gradient. The tolerances decide what is a solution whe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from .check_derivative import check_derivative
 from .linear import Factors, gmres
-from .newton_iteration import Correct, StageIteration, StageSystem
+from .newton_iteration import StageIteration, StageSystem
 from .stage_field import GraphOf, Layout, Pushforward, StageField, jacobian
 
 _KEPT_RATE = 0.1
@@ -158,7 +160,7 @@ class Newton:
         if dense:
             self._iterate_simplified(iteration, system, guess)
         if not iteration.solved:
-            self._iterate_fully(iteration, self._dense_corrections(system) if dense else self._krylov(system))
+            self._iterate_fully(iteration, self._newton_correction if dense else self._krylov_correction, system)
         self.counts.evaluations += iteration.residuals * len(system.fields)
         reason = "" if iteration.solved else iteration.reason()
         if reason or iteration.slow:
@@ -180,8 +182,9 @@ class Newton:
         iteration.run(lambda residual, z: factors.solve(residual), _SIMPLIFIED_ITERATIONS)
         self._serves = iteration.rate <= _KEPT_RATE
 
-    def _iterate_fully(self, iteration: StageIteration, correct: Correct) -> None:
+    def _iterate_fully(self, iteration: StageIteration, correction: Callable[..., Tensor], system: StageSystem) -> None:
         """Iterate with the derivative at each iterate."""
+        correct = partial(correction, system)
         self._serves = False
         self._jacobian = self._factors = None
         iteration.run(correct, self.options.max_iterations, final=True)
@@ -205,32 +208,23 @@ class Newton:
         self.counts.jacobians += 1
         return jacobian(GraphOf(field.graph, x))
 
-    def _dense_corrections(self, system: StageSystem) -> Correct:
-        """Return Newton's corrections, by LU factors of the matrix with a Jacobian at each stage."""
+    def _newton_correction(self, system: StageSystem, residual: Tensor, z: Tensor) -> Tensor:
+        """Compute Newton's correction by LU factors of the matrix with a Jacobian at each stage."""
+        states = (system.base + z).unbind(1)
+        blocks = torch.stack([self._jacobian_at(f, x) for f, x in zip(system.fields, states, strict=True)])
+        self.counts.factorisations += 1
+        return Factors(system.a, blocks).solve(residual)
 
-        def correct(residual: Tensor, z: Tensor) -> Tensor:
-            states = (system.base + z).unbind(1)
-            blocks = torch.stack([self._jacobian_at(f, x) for f, x in zip(system.fields, states, strict=True)])
-            self.counts.factorisations += 1
-            return Factors(system.a, blocks).solve(residual)
+    def _krylov_correction(self, system: StageSystem, residual: Tensor, z: Tensor) -> Tensor:
+        """Compute an inexact Newton correction by GMRES with Jacobian-vector products at each stage."""
+        pushes = [Pushforward(f, x) for f, x in zip(system.fields, (system.base + z).unbind(1), strict=True)]
 
-        return correct
+        def operator(v: Tensor) -> Tensor:
+            pushed = [push(part) for push, part in zip(pushes, v.view_as(z).unbind(1), strict=True)]
+            return v - torch.einsum("ij,bjn->bin", system.a, torch.stack(pushed, 1)).flatten(1)
 
-    def _krylov(self, system: StageSystem) -> Correct:
-        """Return inexact Newton corrections, by GMRES with Jacobian-vector products at each stage."""
-
-        def correct(residual: Tensor, z: Tensor) -> Tensor:
-            pushes = [Pushforward(f, x) for f, x in zip(system.fields, (system.base + z).unbind(1), strict=True)]
-
-            def operator(v: Tensor) -> Tensor:
-                parts = v.view_as(z).unbind(1)
-                pushed = torch.stack([push(part) for push, part in zip(pushes, parts, strict=True)], 1)
-                return v - torch.einsum("ij,bjn->bin", system.a, pushed).flatten(1)
-
-            result = gmres(operator, residual, 1e-4, dimension=self.options.krylov_dimension)
-            self.counts.products += result.products
-            # An inaccurate correction slows the iteration, but is not taken for convergence.
-            useful = result.converged | (result.x != 0).any(-1)
-            return torch.where(useful[:, None], result.x, float("nan"))
-
-        return correct
+        result = gmres(operator, residual, 1e-4, dimension=self.options.krylov_dimension)
+        self.counts.products += result.products
+        # An inaccurate correction slows the iteration, but is not taken for convergence.
+        useful = result.converged | (result.x != 0).any(-1)
+        return torch.where(useful[:, None], result.x, float("nan"))

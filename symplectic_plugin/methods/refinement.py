@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .linear import Factors, Operator, gmres
+from .linear import Factors, Operator, gmres, row_norm
 
 _REFINEMENTS = 12
 """Corrections after which refinement stops."""
@@ -78,10 +78,10 @@ def refine(
     for _ in range(_REFINEMENTS):
         image = operator(x)
         products += 1
-        off, size = _norm(right - image), _norm(x)
+        off, size = row_norm(right - image), row_norm(x)
         # The largest ratio seen is a lower bound of the operator's norm, which bounds the rounding of its products.
-        largest = torch.maximum(largest, torch.where(size > 0, _norm(image) / size, 0)).nan_to_num(nan=1.0)
-        rounding = eps * (_norm(right) + largest * size)
+        largest = torch.maximum(largest, torch.where(size > 0, row_norm(image) / size, 0)).nan_to_num(nan=1.0)
+        rounding = eps * (row_norm(right) + largest * size)
         small = off <= _ROUNDING * rounding
         shrinks = bool(((off < 0.5 * best) | small).all())
         if bool(small.all()) or not shrinks or (few is not None and products > few):
@@ -90,8 +90,4 @@ def refine(
         correction = gmres(operator, right - image, 1e-4, preconditioner, dimension, restarts)
         x = x + correction.x
         products += correction.products
-    return Refined(x, off / (_norm(right) + size), bool((off <= accepted * rounding).all()))
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)
+    return Refined(x, off / (row_norm(right) + size), bool((off <= accepted * rounding).all()))

@@ -41,20 +41,14 @@ class ReportingFinder:
             return None
         self._searching.now = True
         try:
-            spec = self._ask_others(fullname, path, target)
+            finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+            specs = (finder.find_spec(fullname, path, target) for finder in finders)
+            spec = next((spec for spec in specs if spec is not None), None)
         finally:
             self._searching.now = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _ReportingLoader(spec.loader, *self._watched[fullname])  # type: ignore[assignment]
         return spec
-
-    def _ask_others(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-        for finder in list(sys.meta_path):
-            if finder is not self and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
-                    return spec
-        return None
 
 
 class _ReportingLoader:
