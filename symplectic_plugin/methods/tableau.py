@@ -43,7 +43,9 @@ class ButcherTableau:
 
     def __post_init__(self) -> None:
         for name in ("a", "b", "c"):
-            value = torch.as_tensor(getattr(self, name), dtype=torch.float64, device="cpu").detach().clone()
+            # A tableau made in inference mode, as on import, serves solves with gradients later.
+            with torch.inference_mode(False):
+                value = torch.as_tensor(getattr(self, name), dtype=torch.float64, device="cpu").detach().clone()
             if not value.isfinite().all():
                 raise ValueError(f"ButcherTableau: every entry of {name} must be finite, got {value.tolist()}")
             object.__setattr__(self, name, value)
