@@ -1,9 +1,9 @@
-"""What the plugin's own Python costs: its calls per evaluation of f, its share of a tiny solve, its lines of code.
+"""Overhead of the plugin's own Python: calls per evaluation of f, time of a tiny solve, lines of code.
 
     python -m benchmarks.overhead     # ten seconds on one core
 
-`main` prints three tables. The calls are exact and the same on every machine; the times are medians over many passes,
-taken in turns with torchdiffeq's own on one thread.
+The calls are exact and the same on every machine. The times are medians over many passes, in turns with torchdiffeq's
+rk4, on one thread.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TINY = Problem(16, 2, 64, 1)
 TINY_STEPS = 2
 REPETITIONS = 400
 LONG = 8.0
-"""End of the solve whose further steps tell the calls of a step from those of a solve."""
+"""End of the longer solve, whose additional steps tell the calls of a step from those of a solve."""
 WARM_UP = 3
-"""Passes before the first one that counts: what is imported or decided at first use is not a cost of each solve."""
+"""Passes before the first one that counts, since imports and caches at first use are no cost of a solve."""
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.match_case)
 
 
 def torchdiffeq_pass(problem: Problem, end: float, method: str, **options: Any) -> TorchPass:
-    """A pass by `torchdiffeq.odeint` over [0, end]; a fixed-grid method's options have the step size."""
+    """Build a pass by `torchdiffeq.odeint` over [0, end]."""
     field, y0 = problem.build(torch.device("cpu"))
     t = torch.tensor([0.0, end], dtype=y0.dtype)
 
@@ -54,7 +54,7 @@ def torchdiffeq_pass(problem: Problem, end: float, method: str, **options: Any) 
 
 
 def torchdyn_pass(problem: Problem, end: float, solver: str) -> TorchPass:
-    """A pass by `torchdyn.numerics.odeint` over [0, end]."""
+    """Build a pass by `torchdyn.numerics.odeint` over [0, end]."""
     field, y0 = problem.build(torch.device("cpu"))
     t = torch.tensor([0.0, end], dtype=y0.dtype)
 
@@ -65,7 +65,7 @@ def torchdyn_pass(problem: Problem, end: float, solver: str) -> TorchPass:
 
 
 def calls(each: TorchPass) -> tuple[int, int]:
-    """Calls of functions under PACKAGE in one forward and backward pass, and the evaluations of f in another."""
+    """Count the calls of functions under PACKAGE in one forward and backward pass, and the evaluations of f."""
     for _ in range(WARM_UP):
         each.run()
     prefix, total = f"{PACKAGE}/", 0
@@ -79,13 +79,13 @@ def calls(each: TorchPass) -> tuple[int, int]:
         each.run()
     finally:
         sys.setprofile(None)
-    with counted(True) as evaluations:  # apart, as the hook that counts is a call more
+    with counted(True) as evaluations:  # in another pass, as the hook of the counter makes calls too
         each.run()
         return total, evaluations()
 
 
 def calls_table() -> str:
-    """Calls of a short solve, and of each evaluation that a longer one adds: the rest is paid once a solve."""
+    """Tabulate calls of a solve, and calls per evaluation among the evaluations that a longer solve adds."""
     columns = ("solve over [0, 1]", "calls", "evaluations of f", "calls per evaluation", f"of those up to t = {LONG:g}")
     return markdown(columns, [_calls_row(name, build) for name, build in _solves()])
 
@@ -97,7 +97,7 @@ def _calls_row(name: str, build: Callable[[float], TorchPass]) -> tuple[object, 
 
 
 def _solves() -> Iterator[tuple[str, Callable[[float], TorchPass]]]:
-    """Functions from the end of the time interval to a pass, by the name of the solve."""
+    """Generate names of solves, and functions from the end of the time interval to a pass."""
     small, flag = PROBLEMS["small"], "symplectic_adjoint"
     policies: list[dict[str, str]] = [{}, {"checkpoint": "stages"}, {"checkpoint": "steps"}]
     bases: list[tuple[str, str, dict[str, float]]] = [
@@ -112,7 +112,7 @@ def _solves() -> Iterator[tuple[str, Callable[[float], TorchPass]]]:
 
 
 def tiny_table() -> str:
-    """Medians of the pass of the plugin and of torchdiffeq's rk4, and of the ratio and difference of neighbours."""
+    """Tabulate median times of torchdiffeq and the plugin, and medians over pairs of passes of ratio and difference."""
     host, ours = (
         torchdiffeq_pass(TINY, 1.0, method, step_size=1 / TINY_STEPS) for method in ("rk4", "symplectic_adjoint:rk4")
     )
@@ -132,6 +132,7 @@ def tiny_table() -> str:
 
 
 def code_table() -> str:
+    """Tabulate the size of the package, and its function with the most branches."""
     sources = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
     lines = sum(len(code_lines(source)) for source in sources.values())
     branches, name = max(
@@ -144,7 +145,7 @@ def code_table() -> str:
 
 
 def code_lines(source: str) -> set[int]:
-    """Numbers of the lines that have code: neither blank, nor comments, nor strings that stand alone (docstrings)."""
+    """Collect the numbers of lines with code, that is with a token beside comments and docstrings."""
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -157,7 +158,7 @@ def code_lines(source: str) -> set[int]:
 
 
 def functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, int]]:
-    """Each function outside other functions, by its dotted name, with its branches and those of functions in it."""
+    """Generate dotted names of functions, and their numbers of branches with those of the functions inside them."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef):
             yield from functions(node, f"{within}{node.name}.")

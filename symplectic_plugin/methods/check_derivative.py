@@ -1,4 +1,4 @@
-"""A check of what implicit methods need of a vector field: a derivative, one value at a point, independent rows."""
+"""Check of a vector field for implicit methods: its derivative, one value at a point, independent rows."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Registration:
-    """Record of what the plugin put into one table. Names that the host or the user gave are left as they are.
+    """Solvers that were put into one table of a host. Entries of the host and the user are never overwritten.
 
     Args:
         table: table of the host, from names to solvers.

@@ -58,7 +58,7 @@ class _Implicit:
     weights: Callable[[Tensor], Tensor]
 
     def __init__(
-        self, func: Any, y0: Tensor, rtol: Any, atol: Any, independent_batch: bool = True, **options: Any
+        self, func: Any, y0: Tensor, rtol: Any, atol: Any, *, independent_batch: bool = True, **options: Any
     ) -> None:
         if not (y0.is_floating_point() or y0.is_complex()) or torch.finfo(y0.dtype).bits < 32:
             raise ValueError(f"{self.method.name}: give the state in single or double precision, not in {y0.dtype}")
