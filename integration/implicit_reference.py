@@ -15,7 +15,7 @@ from torchdiffeq._impl.misc import Perturb
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from symplectic_plugin.hosts.torchdiffeq.implicit import SOLVERS, AdaptiveImplicit, _parts
+from symplectic_plugin.hosts.torchdiffeq.implicit import SOLVERS, AdaptiveImplicit, stiff_and_nonstiff
 from symplectic_plugin.methods.implicit_tableaux import METHODS
 
 
@@ -60,7 +60,7 @@ class _Reference:
     func: Any
 
     def functions(self) -> list[Any]:
-        return [self.func] if self.method.nonstiff is None else list(_parts(self.func, self.method.name))
+        return [self.func] if self.method.nonstiff is None else list(stiff_and_nonstiff(self.func, self.method.name))
 
 
 class FixedReference(_Reference, FixedGridODESolver):

@@ -72,7 +72,7 @@ class _Implicit:
 
     def parts_of(self, func: Any) -> tuple[Any, Any]:
         """Return the stiff and the nonstiff part of a vector field."""
-        return _part(func, "stiff", self.method.name), _part(func, "nonstiff", self.method.name)
+        return stiff_and_nonstiff(func, self.method.name)
 
     @abstractmethod
     def stage_keywords(self) -> list[dict[str, Any]]:
@@ -280,17 +280,20 @@ class _Slopes:
         return next(self._slopes)
 
 
-def _part(func: Any, part: str, method: str) -> Any:
-    """Return the stiff or the nonstiff part of a vector field, in wrappers like the field's.
+def stiff_and_nonstiff(func: Any, method: str) -> tuple[Any, Any]:
+    """Return the stiff and the nonstiff part of a vector field for an additive method, in wrappers like the field's.
 
     Args:
         func: vector field in torchdiffeq's wrappers.
-        part: "stiff" or "nonstiff".
         method: name of the method, for the error.
 
     Raises:
-        ValueError: if the user's function has no such part.
+        ValueError: if the user's function has no such parts.
     """
+    return _part(func, "stiff", method), _part(func, "nonstiff", method)
+
+
+def _part(func: Any, part: str, method: str) -> Any:
     if isinstance(func, _TupleFunc):
         return _TupleFunc(_part(func.base_func, part, method), func.shapes)
     if isinstance(func, _ReverseFunc):
