@@ -21,18 +21,14 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTab
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 __all__ = [
-    "HAS_STEP_LIMITS", "IMPLICIT_FAMILIES", "NULL_CALLBACK", "AdamsBashforthMoulton", "FixedGridODESolver", "Perturb",
+    "HAS_STEP_LIMITS", "NULL_CALLBACK", "AdamsBashforthMoulton", "FixedGridODESolver", "Perturb",
     "RKAdaptiveStepsizeODESolver", "_ButcherTableau", "_PerturbFunc", "_ReverseFunc", "_TupleFunc",
-    "_optimal_step_size", "_runge_kutta_step", "adjoint_module", "is_wrapper", "solver_table",
+    "_optimal_step_size", "_runge_kutta_step", "adjoint_module", "implicit_families", "is_wrapper",
+    "solver_table",
 ]  # fmt: skip
 
 HAS_STEP_LIMITS = "min_step" in inspect.signature(RKAdaptiveStepsizeODESolver.__init__).parameters
 """Whether adaptive methods have limits for step sizes, and callbacks."""
-
-IMPLICIT_FAMILIES: tuple[Any, ...] = tuple(
-    family for kind in ("FIRK", "DIRK") if (family := getattr(rk_common, f"FixedGrid{kind}ODESolver", None))
-)
-"""Base classes of torchdiffeq's own implicit methods."""
 
 NULL_CALLBACK: Any = getattr(misc, "_null_callback", None)
 """Callback of a vector field that has none of its own; None where torchdiffeq has no callbacks."""
@@ -52,3 +48,9 @@ def adjoint_module() -> ModuleType:
 def is_wrapper(func: Any) -> bool:
     """Tell whether a vector field is one of torchdiffeq's wrappers, which have the wrapped one as `base_func`."""
     return type(func).__module__ == misc.__name__ and hasattr(func, "base_func")
+
+
+def implicit_families() -> list[Any]:
+    """List the base classes of torchdiffeq's own implicit methods."""
+    families = (getattr(rk_common, f"FixedGrid{kind}ODESolver", None) for kind in ("FIRK", "DIRK"))
+    return [family for family in families if family is not None]

@@ -19,7 +19,6 @@ from ...methods.stage_field import Layout, StageField, stage_field
 from ...methods.tableau import ButcherTableau
 from ._compat import (
     HAS_STEP_LIMITS,
-    IMPLICIT_FAMILIES,
     FixedGridODESolver,
     Perturb,
     RKAdaptiveStepsizeODESolver,
@@ -28,6 +27,7 @@ from ._compat import (
     _PerturbFunc,
     _ReverseFunc,
     _TupleFunc,
+    implicit_families,
 )
 
 
@@ -330,7 +330,7 @@ SOLVERS: dict[str, type] = {name: _solver(method) for name, method in METHODS.it
 def is_torchdiffeqs(solver: Any) -> bool:
     """Tell whether a solver class is one of torchdiffeq's own implicit methods."""
     return hasattr(solver, "tableau") and any(
-        issubclass(solver, family) and solver._step_func is family._step_func for family in IMPLICIT_FAMILIES
+        issubclass(solver, family) and solver._step_func is family._step_func for family in implicit_families()
     )
 
 
