@@ -1,6 +1,6 @@
 """Private interface of torchdiffeq that the adapter uses: all names from `torchdiffeq._impl`, and its versions.
 
-Every name is as in torchdiffeq 0.2.5, and was in 0.2.3 and 0.2.4 too. What differs between versions:
+Seen in torchdiffeq 0.2.3 and 0.2.5: every name without another note. Differences between versions:
 
 - 0.2.3 has neither callbacks (`callback_step`, ...) nor the options `min_step` and `max_step` of adaptive methods.
 - The main branch after 0.2.5 has implicit methods, with base classes `FixedGridFIRKODESolver` and
