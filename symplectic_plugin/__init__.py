@@ -1,14 +1,15 @@
 """Exact gradients of neural ODEs by the symplectic adjoint method, for the PyTorch ODE libraries, by one flag.
 
-Torch imports this package at the end of every ``import torch``, whether the program solves an ODE or not, so nothing
-is imported here: the public names are looked up when they are first used (PEP 562).
+torch imports this package at the end of every ``import torch``, whether the program solves an ODE or not. The package
+therefore imports no module until a public name is first used (PEP 562).
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from symplectic_plugin.field.report import profile
-    from symplectic_plugin.methods.tableau import ButcherTableau, partner_tableau, read_tableau
+    from symplectic_plugin.methods.read_tableau import read_tableau
+    from symplectic_plugin.methods.tableau import ButcherTableau, partner_tableau
     from symplectic_plugin.registration.registry import register, registered, unregister
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ _MODULE_OF = {
     "profile": "field.report",
     "ButcherTableau": "methods.tableau",
     "partner_tableau": "methods.tableau",
-    "read_tableau": "methods.tableau",
+    "read_tableau": "methods.read_tableau",
 }
 
 

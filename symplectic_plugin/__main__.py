@@ -1,4 +1,4 @@
-"""``python -m symplectic_plugin``: what is installed, whether torch loads the plugin, what is registered where."""
+"""Report of ``python -m symplectic_plugin``: installed versions, autoload, and the names registered with each host."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ _SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def main() -> None:
-    """Import torch and the hosts as a program would, and print what came of it."""
+    """Import torch and the hosts as a program would, and print the report."""
     print(f"Python {platform.python_version()}")
     for distribution in ("symplectic-plugin", "torch", "torchdiffeq", "torchdyn"):
         print(f"{distribution} {_version(distribution)}")
@@ -23,13 +23,16 @@ def main() -> None:
             print(f"{host}: {failed[host]}")
             continue
         for group in groups:
-            names_by_distribution: dict[str, list[str]] = {}
-            for name, distribution in registered().get(group.name, {}).items():
-                names_by_distribution.setdefault(distribution, []).append(name)
-            for distribution, names in names_by_distribution.items():
-                print(f"{group.name}: by {distribution}: {', '.join(names)}")
-            if not names_by_distribution:
-                print(f"{group.name}: nothing registered")
+            _print_group(group.name)
+
+
+def _print_group(group: str) -> None:
+    distributions = registered().get(group, {})
+    for distribution in dict.fromkeys(distributions.values()):
+        names = [name for name, by in distributions.items() if by == distribution]
+        print(f"{group}: by {distribution}: {', '.join(names)}")
+    if not distributions:
+        print(f"{group}: nothing registered")
 
 
 def _version(distribution: str) -> str:
@@ -46,7 +49,7 @@ def _import_failure(name: str) -> str | None:
             importlib.import_module(group.after)
     except ModuleNotFoundError as error:
         return "not installed" if error.name == name else f"cannot be imported: {error}"
-    except Exception as error:  # a broken installation is what this is run to find
+    except Exception as error:  # any failure of a broken installation, which is what a user looks for here
         return f"cannot be imported: {type(error).__name__}: {error}"
     return None
 

@@ -1,4 +1,4 @@
-"""Vector fields for implicit methods, and one step's gradient by the implicit function theorem and dense algebra."""
+"""Vector fields for implicit methods, and one step's gradient by the implicit function theorem with dense matrices."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from symplectic_plugin.methods.implicit_step import ImplicitSteps, StepFields
 from symplectic_plugin.methods.implicit_tableaux import ImplicitMethod
 from symplectic_plugin.methods.newton import NewtonOptions
 from symplectic_plugin.methods.stage_field import GraphOf, StageField
+from symplectic_plugin.methods.transposed_step import TransposedSteps
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
 class RandomField:
-    """A stiff linear part and a nonlinear one that depends on time; parameters that require gradients."""
+    """Sum of a stiff, nearly linear part and a nonstiff part that depends on time, with random parameters."""
 
     def __init__(self, n: int, seed: int, stiffness: float = 100.0) -> None:
         random = torch.Generator().manual_seed(seed)
@@ -41,7 +42,19 @@ class RandomField:
 
 
 class Linearization(GraphOf):
-    """One evaluation's graph, back to the state, the time and parameters, whose cotangents it adds to `sums`."""
+    """Evaluation with a graph back to the state, the time and the parameters.
+
+    Args:
+        function: vector field.
+        t: time.
+        x: state, shape (B, n).
+        parameters: tensors that the field depends on.
+        sums: sums of the parameters' cotangents, which `pull_all` adds to.
+
+    Attributes:
+        alive: number of instances alive.
+        most_alive: largest number of instances alive at one time.
+    """
 
     alive = 0
     most_alive = 0
@@ -66,13 +79,33 @@ class Linearization(GraphOf):
 
 
 class OneStep:
-    """A step of a method from x at t, forward and back."""
+    """Step of size h from time t, and its partner's step back.
+
+    Args:
+        method: method of the step.
+        field: vector field.
+        t: time at the step's start.
+        h: size of the step.
+        options: options of the solvers.
+        steps: takes the step, to share factors with other steps; by default new.
+        transposed: takes the step back; by default new.
+    """
 
     def __init__(
-        self, method: ImplicitMethod, field: RandomField, t: float, h: float, options: NewtonOptions | None = None
+        self,
+        method: ImplicitMethod,
+        field: RandomField,
+        t: float,
+        h: float,
+        options: NewtonOptions | None = None,
+        *,
+        steps: ImplicitSteps | None = None,
+        transposed: TransposedSteps | None = None,
     ) -> None:
+        options = options or NewtonOptions()
         self.method, self.field, self.t, self.h = method, field, t, h
-        self.steps = ImplicitSteps(method, options or NewtonOptions())
+        self.steps = steps or ImplicitSteps(method, options)
+        self.transposed = transposed or TransposedSteps(method, options)
         self.sums = [torch.zeros_like(parameter) for parameter in field.parameters]
         self.functions = [field] if method.nonstiff is None else [field.stiff, field.nonstiff]
         stages, *others = [[self._stage(function, c) for c in method.tableau.c.tolist()] for function in self.functions]
@@ -95,19 +128,22 @@ class OneStep:
         return self.steps.take(self.fields, x, self.h, 1e-6 + 1e-6 * x.abs(), first_slope)
 
     def back(self, x: Tensor, cotangent: Tensor):
-        """The cotangents of x, the start and the size, and of the parameters."""
+        """Take the step and its partner's; returns the step and the cotangents of x, t, h and the parameters."""
         taken = self.take(x)
         assert not taken.failed.any(), taken.reason
         b, c = self.method.tableau.b, self.method.tableau.c
         cotangents = self.h * b[:, None, None] * cotangent
-        adjoint = self.steps.back(self.fields, taken.stages, self.h, cotangents)
+        adjoint = self.transposed.take(self.fields, taken.stages, self.h, cotangents)
         taus = [torch.zeros(()) if tau is None else tau for tau in adjoint.times]
         size = (cotangents * taken.slopes).sum() + (adjoint.stages * (taken.stages - x)).sum()
         size = size / self.h + sum(c_i * tau for c_i, tau in zip(c, taus, strict=True))
         return taken, cotangent + adjoint.stages.sum(0), sum(taus), size, self.sums
 
     def by_the_implicit_function_theorem(self, x: Tensor, stages: Tensor, cotangent: Tensor):
-        """The same: dG/dK of the slopes' equations G(K; x, t, h, parameters) = 0 as one dense matrix."""
+        """Compute the step's end and all cotangents, with dG/dK of G(K; x, t, h, parameters) = 0 as a dense matrix.
+
+        K are the slopes, and G = 0 the equations of the stages.
+        """
         x, t, h = (torch.as_tensor(v, dtype=torch.float64).clone().requires_grad_() for v in (x, self.t, self.h))
         tableaux = [self.method.tableau] + ([self.method.nonstiff] if self.method.nonstiff is not None else [])
         times = [self.t + c * self.h for c in self.method.tableau.c.tolist()]
@@ -125,7 +161,7 @@ class OneStep:
                 [torch.stack([f(t + c[i] * h, states[i]) for i in range(len(c))]) for f in self.functions]
             )
 
-        # From the stages' slopes to the solution of the equations: one step of Newton's, which leaves rounding.
+        # One Newton correction takes the slopes at the given stages to the solution of the equations, to rounding.
         matrix = torch.autograd.functional.jacobian(equations, slopes.detach()).reshape(slopes.numel(), -1)
         correction = torch.linalg.solve(matrix, equations(slopes).detach().flatten())
         slopes = (slopes.detach() - correction.view_as(slopes)).requires_grad_()

@@ -10,17 +10,17 @@ import torch
 from symplectic_plugin import ButcherTableau
 
 Tree = tuple["Tree", ...]
-"""A rooted tree: the trees that hang from its root, sorted."""
+"""Rooted tree, as the sorted tuple of the trees that hang from its root."""
 
 
 @functools.cache
 def trees(order: int) -> tuple[Tree, ...]:
-    """All rooted trees with this many nodes."""
+    """List all rooted trees with this many nodes."""
     return tuple(sorted({tuple(sorted(branches)) for branches in _forests(order - 1, order - 1)}))
 
 
 def _forests(nodes: int, largest: int) -> Iterator[tuple[Tree, ...]]:
-    """Multisets of trees with this many nodes in all, none of more than `largest`."""
+    """Generate multisets of trees with this many nodes in all, and at most `largest` nodes in a tree."""
     if nodes == 0:
         yield ()
     for size in range(min(nodes, largest), 0, -1):
@@ -30,11 +30,12 @@ def _forests(nodes: int, largest: int) -> Iterator[tuple[Tree, ...]]:
 
 
 def order(tree: Tree) -> int:
+    """Count the nodes of a tree."""
     return 1 + sum(order(branch) for branch in tree)
 
 
 def density(tree: Tree) -> int:
-    """gamma(t)."""
+    """Compute gamma(t), the product of the orders of all subtrees."""
     result = order(tree)
     for branch in tree:
         result *= density(branch)
@@ -42,7 +43,7 @@ def density(tree: Tree) -> int:
 
 
 def elementary_weight(tree: Tree, tableau: ButcherTableau) -> float:
-    """sum_i b_i Phi_i(t), which is 1 / gamma(t) for all trees up to the method's order."""
+    """Compute sum_i b_i Phi_i(t), equal to 1 / gamma(t) for all trees up to the method's order."""
     return float(tableau.b @ _stage_weights(tree, tableau))
 
 

@@ -10,7 +10,7 @@ from symplectic_plugin import ButcherTableau
 
 @st.composite
 def tableaux(draw: st.DrawFn, zero_weights: bool | None = None) -> ButcherTableau:
-    """Random explicit Runge-Kutta methods with 1 to 6 stages, with or without zero weights."""
+    """Draw a random explicit tableau with 1 to 6 stages; by default, zero weights are drawn too."""
     s = draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     a = torch.randn(s, s, dtype=torch.float64, generator=generator).tril(-1)

@@ -1,4 +1,4 @@
-"""Newton's method and the linear algebra under it, where they can't do what they should as well as where they can."""
+"""Newton's method for stages, its linear algebra and the check of f's derivative, in their failures too."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from symplectic_plugin.methods.check_derivative import check_derivative
 from symplectic_plugin.methods.linear import Factors, gmres
-from symplectic_plugin.methods.newton import Newton, NewtonOptions, StageSystem, check_derivative
+from symplectic_plugin.methods.newton import Newton, NewtonOptions
+from symplectic_plugin.methods.newton_iteration import StageSystem
 from symplectic_plugin.methods.stage_field import GraphOf, Layout, Pushforward, StageField, jacobian
 
 
@@ -31,7 +33,7 @@ def _solve(f, x: torch.Tensor, h: float, **options):
 
 
 class _NoRules(torch.autograd.Function):
-    """x^2 without a rule for vmap or forward mode."""
+    """Square without a rule for vmap or forward mode."""
 
     @staticmethod
     def forward(ctx, x):
@@ -49,7 +51,7 @@ def test_lu_and_gmres_solve_the_same_systems(seed: int, batch: int, n: int, s: i
     a, jacobians, right = _random(s, s, seed=seed), _random(batch, n, n, seed=seed), _random(batch, s * n, seed=seed)
     dense = torch.stack([torch.eye(s * n, dtype=torch.float64) - torch.kron(a, j) for j in jacobians])
     dense = dense.mT if transposed else dense
-    direct = Factors(a, jacobians).solve(right, transposed)
+    direct = Factors(a, jacobians).solve(right, transposed=transposed)
     iterated = gmres(lambda v: torch.einsum("bij,bj->bi", dense, v), right, 1e-13)
     wanted = torch.linalg.solve(dense, right)
     condition = torch.linalg.cond(dense)
@@ -181,7 +183,7 @@ def test_options_that_make_no_sense_are_refused(options, complaint) -> None:
 
 
 def test_a_correction_that_overshoots_is_taken_in_part() -> None:
-    """As Newton's method for the arctangent, which from 2 on goes back and forth ever farther."""
+    """Newton's method for the arctangent diverges, with alternating signs, from any guess beyond 1.39."""
     x = torch.tensor([[0.0], [5.0]], dtype=torch.float64)
     solution, system = _solve(lambda z: -50 * torch.atan(3 * z) + x, x, 1.0)
     assert not solution.failed.any()
@@ -192,7 +194,7 @@ def test_a_correction_that_overshoots_is_taken_in_part() -> None:
 def test_a_field_that_differentiates_is_differentiated_right(linear_solver: str) -> None:
     def energys(x):
         with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()  # which forward mode would lose
+            x = x if x.requires_grad else x.detach().requires_grad_()  # a copy without a tangent
             return -torch.autograd.grad((torch.sin(x) ** 2).sum(), x, create_graph=True)[0]
 
     x, v = _random(2, 3), _random(2, 3, seed=1)
@@ -201,6 +203,14 @@ def test_a_field_that_differentiates_is_differentiated_right(linear_solver: str)
     torch.testing.assert_close(Pushforward(field, x)(v), wanted)
     solution, _ = _solve(energys, x, 0.3, linear_solver=linear_solver)
     assert solution.iterations <= 20
+
+
+def test_damping_from_a_guess_where_f_is_not_finite_leads_to_a_solution() -> None:
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    system = StageSystem([_field(lambda x: torch.sqrt(3 - x))], x[:, None], torch.ones_like(x))
+    solution = Newton(NewtonOptions()).solve(system, torch.full_like(x, 4.0)[:, None], torch.ones_like(x))
+    assert not solution.failed.any()
+    assert system.residual(solution.z).abs().max() <= 1e-15
 
 
 def test_a_batch_of_another_size_gets_a_matrix_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""Implicit steps and their adjoints, by themselves."""
+"""Steps of implicit methods and of their partners, without a host."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from symplectic_plugin import partner_tableau
 from symplectic_plugin.methods.implicit_step import ImplicitSteps
 from symplectic_plugin.methods.implicit_tableaux import METHODS
-from symplectic_plugin.methods.linear import Factors
 from symplectic_plugin.methods.newton import NewtonOptions
+from symplectic_plugin.methods.transposed_step import TransposedSteps
 
 from .implicit_problems import Linearization, OneStep, RandomField
 
@@ -50,7 +50,7 @@ def test_the_product_of_adjoint_and_variation_is_conserved(name: str, seed: int,
     x, delta, adjoint = (torch.randn(2, 3, dtype=torch.float64, generator=random) for _ in range(3))
     step = OneStep(METHODS[name], RandomField(3, seed), 0.3, h)
     taken, before, *_ = step.back(x, adjoint)
-    # The variation, by the same equations linearised: (I - h a J) k' = J (delta + ...), all stages and parts at once.
+    # The variational equations (I - h a J) k' = J (delta + ...), for all stages and parts at once.
     method, s = step.method, step.method.tableau.stages
     tableaux = [method.tableau] if method.nonstiff is None else [method.tableau, method.nonstiff]
     times = [torch.tensor(0.3 + c * h, dtype=torch.float64) for c in method.tableau.c.tolist()]
@@ -81,7 +81,7 @@ def test_the_product_of_adjoint_and_variation_is_conserved(name: str, seed: int,
 
 @functools.cache
 def _solution(name: str, steps: int) -> torch.Tensor:
-    """At t = 1, after that many steps."""
+    """Compute the solution at t = 1 by this many steps."""
     field, x = RandomField(2, 3, stiffness=2.0), torch.tensor([[0.5, -0.3], [1.0, 0.7]], dtype=torch.float64)
     for i in range(steps):
         x = x + OneStep(METHODS[name], field, i / steps, 1 / steps).take(x).increment
@@ -115,7 +115,7 @@ def test_one_graph_of_f_is_alive_at_a_time(name: str) -> None:
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     Linearization.most_alive = Linearization.alive = 0
     OneStep(METHODS[name], RandomField(3, 0), 0.0, 0.1).back(x, x)
-    assert Linearization.most_alive <= 2  # the one being built while the name still holds the one before
+    assert Linearization.most_alive <= 2  # a variable holds one graph while the next one is built
 
 
 @pytest.mark.parametrize("name", ["kencarp3", "kencarp5"])
@@ -125,7 +125,7 @@ def test_a_slope_that_is_handed_on_is_used_and_has_no_product(name: str) -> None
     taken = step.take(x, slope)
     assert torch.equal(taken.slopes[0], slope)
     cotangents = torch.randn(taken.slopes.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    adjoint = step.steps.back(step.fields, taken.stages, step.h, cotangents, first_slope_given=True)
+    adjoint = step.transposed.take(step.fields, taken.stages, step.h, cotangents, first_slope_given=True)
     assert not adjoint.stages[0].any()
     assert adjoint.slopes[0].any()
 
@@ -169,44 +169,35 @@ def test_stiffness_magnifies_rounding_no_more_than_it_must(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["implicit_euler", "trbdf2", "kencarp3", "kencarp5_imex"])
-def test_matrices_are_made_for_many_steps_at_once_forward_and_back(name: str, monkeypatch) -> None:
-    made = []
-
-    class Counted(Factors):
-        def __init__(self, *args) -> None:
-            made.append(args)
-            super().__init__(*args)
-
-    monkeypatch.setattr("symplectic_plugin.methods.implicit_step.Factors", Counted)
+def test_factors_are_kept_over_many_steps_forward_and_back(name: str) -> None:
     count, h, method = 20, 0.01, METHODS[name]
-    shared = ImplicitSteps(method, NewtonOptions())
+    steps, transposed = ImplicitSteps(method, NewtonOptions()), TransposedSteps(method, NewtonOptions())
     field, x = RandomField(4, 0), torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    steps, states = [], [x]
+    states = [x]
     for n in range(count):
-        steps.append(OneStep(method, field, n * h, h))
-        steps[-1].steps = shared
-        states.append(states[-1] + steps[-1].take(states[-1]).increment)
-    assert shared.newton.counts.jacobians <= 3
-    assert shared.newton.counts.factorisations <= 3
+        states.append(states[-1] + OneStep(method, field, n * h, h, steps=steps).take(states[-1]).increment)
+    assert steps.newton.counts.jacobians <= 3
+    assert steps.newton.counts.factorisations <= 3
     adjoint = torch.ones_like(x)
-    for step, state in zip(steps[::-1], states[-2::-1], strict=True):
-        taken = step.take(state)
+    for n in reversed(range(count)):
+        step = OneStep(method, field, n * h, h, steps=steps)
         cotangents = h * method.tableau.b[:, None, None] * adjoint
-        adjoint = adjoint + step.steps.back(step.fields, taken.stages, h, cotangents).stages.sum(0)
-    assert len(made) <= 3
+        taken = step.take(states[n])
+        adjoint = adjoint + transposed.take(step.fields, taken.stages, h, cotangents).stages.sum(0)
+    assert transposed.factorisations <= 3
 
 
-def test_a_matrix_of_another_step_that_does_not_serve_is_replaced(monkeypatch) -> None:
-    """From one step to the next the field becomes another one altogether: the gradient is right all the same."""
-    monkeypatch.setattr("symplectic_plugin.methods.implicit_step._FEW_PRODUCTS", 2)
-    shared = ImplicitSteps(METHODS["trbdf2"], NewtonOptions())
-    x, cotangent = torch.randn(2, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
-    for seed in range(3):
-        step = OneStep(METHODS["trbdf2"], RandomField(5, seed, 10.0 ** (seed + 1)), 0.3, 0.2)
-        step.steps = shared
+def test_factors_of_another_step_are_replaced_where_many_products_would_be_needed() -> None:
+    method, n, fields = METHODS["implicit_euler"], 24, 3
+    steps, transposed = ImplicitSteps(method, NewtonOptions()), TransposedSteps(method, NewtonOptions())
+    x, cotangent = torch.randn(2, 2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    for seed in range(fields):  # fields with nothing in common
+        field = RandomField(n, seed, 10.0 ** (seed + 1))
+        step = OneStep(method, field, 0.3, 0.2, steps=steps, transposed=transposed)
         taken, ours, *_ = step.back(x, cotangent)
         _, theirs = step.by_the_implicit_function_theorem(x, taken.stages, cotangent)
         assert (ours - theirs[0]).norm() <= 1e-10 * theirs[0].norm()
+    assert transposed.factorisations == fields
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,6 +209,6 @@ def test_a_step_of_no_size_is_the_identity(name: str) -> None:
     assert not taken.increment.any()
     torch.testing.assert_close(taken.slopes[0], field(torch.tensor(0.3, dtype=torch.float64), x).detach())
     cotangents = cotangent.expand(METHODS[name].tableau.stages, -1, -1)
-    adjoint = step.steps.back(step.fields, taken.stages, 0.0, cotangents)
+    adjoint = step.transposed.take(step.fields, taken.stages, 0.0, cotangents)
     assert torch.equal(adjoint.slopes, cotangents)
     assert adjoint.stages.isfinite().all()

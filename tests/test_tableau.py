@@ -1,3 +1,5 @@
+"""Tableaux: reading them off step functions, order conditions, and symplectic partners."""
+
 from __future__ import annotations
 
 import subprocess
@@ -22,14 +24,14 @@ def _own_solvers() -> list[str]:
 
 
 def _tableau(name: str) -> ButcherTableau:
-    """The tableau of a method of torchdiffeq's."""
+    """Read the tableau of a torchdiffeq method."""
     options = {"rtol": 1e-3, "atol": 1e-3, "norm": torch.linalg.vector_norm}
     solver = recording(solvers()[name])(func=None, y0=torch.zeros(2, dtype=torch.float64), **options)
     return read_method(solver)[0]
 
 
 def _step(tableau: ButcherTableau):
-    """A step function of an explicit method, to read the tableau off."""
+    """Build the step function of an explicit tableau."""
 
     def step(f, t, x, h):
         k = []

@@ -3,7 +3,7 @@
 What acts on slope k_i from outside the stages, and what becomes of it:
 
     r_i = h (b_i lambda_{n+1} + sum_m b_i(theta_m) g_m) + phi_i
-    kappa_i, xi_i from r_i by the transposed equations of the stages (`ImplicitSteps.back`)
+    kappa_i, xi_i from r_i by the transposed equations of the stages (`TransposedSteps.take`)
     lambda_n = lambda_{n+1} + sum_m g_m + sum_i xi_i,   phi = kappa_1 of the step after where the slope is handed on
 
 with g_m the cotangent of an output at t_n + theta_m h, as in `explicit_step_back`. The step's size has the cotangent
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..field.cotangents import CotangentSums
 from ..field.vector_field import VectorField
-from ..methods.implicit_step import StepAdjoint, total
-from ..methods.newton import check_derivative
+from ..methods.check_derivative import check_derivative
+from ..methods.implicit_step import total
+from ..methods.transposed_step import StepAdjoint, TransposedSteps
 from ..record.checkpoint import Checkpoint
 from ..record.implicit_solve import Adjoint, ImplicitSolve
 from ..record.method import StageTimeCache, Step
@@ -83,6 +84,7 @@ class ImplicitStepBack:
         self._sums = sums
         self._outputs = outputs
         self._steps = self._solve.steps_again()
+        self._transposed = TransposedSteps(self._solve.method, self._solve.options)
         self._b = method.tableau.b.to(self._solve.layout.flat(outputs.given))
         self._times = StageTimeCache([checkpoint.step for checkpoint in trajectory.checkpoints], method.stage_times)
         self._following = trajectory.end
@@ -110,7 +112,9 @@ class ImplicitStepBack:
             check_derivative(fields.stages[-1], this.stages[-1])
         of_f = Adjoint(self._sums, times is not None)
         fields = solve.fields(self._field, this.times, this.keywords, self._recomputed, of_f)
-        back = self._steps.back(fields, this.stages, h, outside, this.step.slope_handed_on)
+        back = self._transposed.take(
+            fields, this.stages, h, outside, first_slope_given=this.step.slope_handed_on
+        )
         if times is not None:
             self._add_times(times, this, rates, back)
         if were_kept:

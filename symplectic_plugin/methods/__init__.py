@@ -1,1 +1,1 @@
-"""Runge-Kutta methods as numerics: tableaux, explicit and implicit steps, the linear algebra of implicit ones."""
+"""Runge-Kutta methods as numerics: tableaux, explicit and implicit steps and their partners, linear algebra."""

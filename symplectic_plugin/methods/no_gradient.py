@@ -1,4 +1,4 @@
-"""What a forward solve returns where a gradient would be expected: its iterations leave no graph."""
+"""Solutions of forward solves by implicit methods, which refuse to be differentiated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def without_gradient(solution: Tensor, inputs: Sequence[Tensor], name: str, instead: str) -> Tensor:
-    """A solution that was computed without a graph, with one that raises where it is differentiated.
+    """Give a solution a graph that raises in the backward pass, as the solver's iterations leave none.
 
     Args:
-        solution: it.
-        inputs: what it depends on; if none of that requires a gradient, nothing is to be raised.
-        name: the method's.
-        instead: what is to be used for a gradient.
+        solution: tensor computed without a graph.
+        inputs: tensors that the solution depends on. If none requires a gradient, the solution is returned as it is.
+        name: name of the method, for the error.
+        instead: arguments that give a gradient, for the error.
     """
     inputs = [x for x in inputs if x.requires_grad]
     return _NoGradient.apply(name, instead, solution, *inputs) if inputs else solution

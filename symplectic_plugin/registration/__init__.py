@@ -1,1 +1,1 @@
-"""From installed entry points into the hosts' registries, and back out. Imports nothing of the other packages."""
+"""Registration of installed entry points with the hosts, and its reversal. Imports no other package of the plugin."""

@@ -1,17 +1,18 @@
-"""The entry point that torch calls at the end of ``import torch``: an import hook and nothing else.
+"""Entry point that torch calls at the end of ``import torch``: installs an import hook and does nothing else.
 
-A host library is usually imported after torch, so what is left behind is a hook that waits for it. The module that is
-hooked is not the host's package: a program whose first import is the host imports torch, and so gets here, while the
-package and its first modules are already half executed. One that every import order reaches after torch is hooked.
+Most programs import a host after torch, so the hook waits for the host. It watches modules of the host other than the
+package itself: in a program whose first import is the host, the host imports torch, and :func:`autoload` is called
+while the package and its first modules are half executed. Every order of imports executes the watched modules after
+torch.
 
-An exception that left :func:`autoload` would make ``import torch`` fail, for programs that may not use an ODE library
-at all: it says what went wrong and carries on.
+An exception from :func:`autoload` would make ``import torch`` fail, also in programs that use no ODE library, so errors
+are reported as warnings.
 """
 
 import sys
 from functools import partial
 
-# The host's module that is waited for -> the host, as the registry calls it.
+# Watched module of a host -> name of the host.
 HOOKED_MODULES = {
     "torchdiffeq._impl.adjoint": "torchdiffeq",
     "torchdyn.numerics.odeint": "torchdyn",
@@ -20,9 +21,9 @@ HOOKED_MODULES = {
 
 
 def autoload() -> None:
-    """Register with the hosts as soon as they are imported; right away with those that already are.
+    """Register with hosts that are imported, and with the others when they are imported.
 
-    Calling it again does nothing more. Raises nothing, whatever happens.
+    Further calls change nothing. No exception is raised.
     """
     try:
         install_hook()
@@ -34,12 +35,12 @@ def autoload() -> None:
 
 
 def is_active() -> bool:
-    """Whether the import hook is in place."""
+    """Tell whether the import hook is installed."""
     return any(getattr(finder, "reports_to", None) == __name__ for finder in sys.meta_path)
 
 
 def install_hook() -> None:
-    """Put the import hook in place, once."""
+    """Install the import hook, unless it is installed."""
     from symplectic_plugin.registration.import_hook import ReportingFinder
 
     if not is_active():
@@ -67,5 +68,5 @@ def _complain(message: str) -> None:
         from symplectic_plugin.registration.import_hook import complain
 
         complain(message)
-    except Exception:  # nothing of the package can be relied on here
+    except Exception:  # a broken installation, of which no module may be importable
         print(message, file=sys.stderr)

@@ -1,7 +1,7 @@
-"""What the import system is asked to tell: that a module is about to be executed, has been, or is complete.
+"""Reports from the import system: a module is about to be executed, was executed, or is completely imported.
 
-Whatever is called back from here runs in the middle of an import of somebody else's module, which must not fail over
-it: exceptions and, in programs that make warnings errors, warnings are printed instead.
+Callbacks run in the middle of an import of another project's module, which must not fail because of them: exceptions
+in a callback, and warnings in programs that turn warnings into errors, are printed instead.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class ReportingFinder:
-    """Finds modules where the other finders find them, and has their execution reported.
+    """Finder that delegates to the other finders and reports the execution of the modules it watches.
 
-    Left on ``sys.meta_path`` it reports every execution: the first, a reload, an import anew.
+    On ``sys.meta_path`` it reports every execution: first imports, reloads, and imports after a removal from
+    ``sys.modules``.
 
     Args:
-        watched: name of a module -> what to call before and after it is executed.
-        reports_to: name of the module that the calls are for; only kept, to tell whose finder this is.
+        watched: module name -> functions to call before and after the module is executed.
+        reports_to: name of the module that installs the finder, by which the finder can be recognised.
     """
 
     def __init__(self, watched: Mapping[str, tuple[Callable[[], None], Callable[[], None]]], reports_to: str) -> None:
@@ -35,29 +36,29 @@ class ReportingFinder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # Another finder that asks all the others would ask this one again, and so on for ever: it is answered None.
+        # Returns None to another delegating finder, which would otherwise ask this one without end.
         if fullname not in self._watched or getattr(self._searching, "now", False):
             return None
         self._searching.now = True
         try:
-            spec = self._ask_others(fullname, path, target)
+            finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+            specs = (finder.find_spec(fullname, path, target) for finder in finders)
+            spec = next((spec for spec in specs if spec is not None), None)
         finally:
             self._searching.now = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _ReportingLoader(spec.loader, *self._watched[fullname])  # type: ignore[assignment]
         return spec
 
-    def _ask_others(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-        for finder in list(sys.meta_path):
-            if finder is not self and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
-                    return spec
-        return None
-
 
 class _ReportingLoader:
-    """The module's own loader in everything but the reports."""
+    """Loader that delegates to the module's own loader and reports the execution.
+
+    Args:
+        loader: the module's own loader.
+        before: called before the module is executed.
+        after: called after the module was executed.
+    """
 
     def __init__(self, loader: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
         self._loader = loader
@@ -68,17 +69,21 @@ class _ReportingLoader:
         return getattr(object.__getattribute__(self, "_loader"), name)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Once executed, the module is to look as if it had been imported without the finder.
+        # The executed module must look as if it had been imported without the finder.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        _call(self._before)
+        _call_safely(self._before)
         self._loader.exec_module(module)
-        _call(self._after)
+        _call_safely(self._after)
 
 
 def in_progress(module: str) -> ModuleSpec | None:
-    """The spec of the outermost package of ``module``, or of itself, that is in the middle of being imported."""
+    """Return the spec of the outermost package of `module`, or of `module` itself, whose import is in progress.
+
+    The import system marks such a spec by an attribute `_initializing` (CPython 3.4 to 3.14). Without the attribute,
+    no import is seen.
+    """
     parts = module.split(".")
     for depth in range(1, len(parts) + 1):
         spec = getattr(sys.modules.get(".".join(parts[:depth])), "__spec__", None)
@@ -88,10 +93,14 @@ def in_progress(module: str) -> ModuleSpec | None:
 
 
 def when_complete(spec: ModuleSpec, call: Callable[[], None]) -> None:
-    """Call ``call`` when the import that is in progress has succeeded.
+    """Call a function when an import in progress has succeeded.
 
-    The import system has no such call. It marks the end by setting ``_initializing`` on the spec to False, which is
-    made a property for as long. Where specs have no such attribute, :func:`in_progress` sees no import.
+    The import system offers no such callback. It marks the end of an import by setting `_initializing` of the spec to
+    False, and so the attribute becomes a property until then.
+
+    Args:
+        spec: result of :func:`in_progress`.
+        call: function to call.
     """
     kind = type(spec)
 
@@ -100,21 +109,21 @@ def when_complete(spec: ModuleSpec, call: Callable[[], None]) -> None:
             return
         self.__class__ = kind
         self._initializing = value
-        if self.name in sys.modules:  # a module whose import failed is not
-            _call(call)
+        if self.name in sys.modules:  # false if the import failed
+            _call_safely(call)
 
     spec.__class__ = type(kind.__name__, (kind,), {"_initializing": property(lambda self: True, set_initializing)})
 
 
 def complain(message: str) -> None:
-    """Warn, without raising in a program that makes warnings errors."""
+    """Issue a RuntimeWarning, as a printed line in programs that turn warnings into errors."""
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     except Exception:
         print(f"RuntimeWarning: {message}", file=sys.stderr)
 
 
-def _call(call: Callable[[], None]) -> None:
+def _call_safely(call: Callable[[], None]) -> None:
     try:
         call()
     except Exception as error:

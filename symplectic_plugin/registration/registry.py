@@ -1,7 +1,7 @@
-"""From entry points into the hosts' own registries of solvers, and back out.
+"""Registration of the solvers of all installed distributions with the hosts.
 
-A host is a library with tables of solvers by name. For each table there is a group of entry points, and what the
-installed distributions declare in that group is put into the table under the names they chose:
+A host is a library with tables of solvers by name. For each table there is a group of entry points, and the entry
+points of all installed distributions in that group are put into the table under the names that they declare:
 
 ==========================  =======================================================================
 group                       table
@@ -11,14 +11,14 @@ group                       table
 ``torchdyn.sensitivities``  ``SENSITIVITIES`` in ``symplectic_plugin.hosts.torchdyn``: torchdyn has none
 ==========================  =======================================================================
 
-An entry point's object is what the host's table holds (for torchdiffeq, a solver class). Two optional parts, each a
-callable attribute of the object, are used where present:
+An entry point's object is an entry of the host's table (for torchdiffeq, a solver class). Two optional attributes of
+the object are called where present:
 
 ``variants(name, solvers)``
     Further names for solvers built on the other methods in the table. ``name`` is the entry point's name, ``solvers``
     the table without the object itself and without any variant; returns a mapping from names to solvers.
 ``install()``, ``uninstall()``
-    Called once when the object is registered and unregistered, for what a table entry cannot do.
+    Changes to the host beside the table, made when the object is registered and undone when it is unregistered.
 
 A name that the host has already, or that the user gave to something else, is never overwritten.
 """
@@ -28,21 +28,25 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
+from symplectic_plugin.registration.discovery import discover
 from symplectic_plugin.registration.import_hook import complain, in_progress, when_complete
-
-if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+from symplectic_plugin.registration.registration import Registration
 
 
 class Group(NamedTuple):
-    """A group of entry points, the host's table that they go into, and the module that must be loaded before."""
+    """Group of entry points and the table of a host for its solvers.
+
+    Attributes:
+        name: name of the group.
+        module: module that has the table.
+        table: name of the table in the module, a mutable mapping from names to solvers.
+        after: module of the host that must have been executed before the table is filled.
+    """
 
     name: str
     module: str
@@ -50,48 +54,25 @@ class Group(NamedTuple):
     after: str
 
 
-# Host (the name of its package, and of its distribution) -> its groups.
 HOSTS: dict[str, tuple[Group, ...]] = {
     "torchdiffeq": (
         Group("torchdiffeq.solvers", "torchdiffeq._impl.odeint", "SOLVERS", after="torchdiffeq._impl.adjoint"),
     ),
     "torchdyn": (
         Group("torchdyn.solvers", "torchdyn.numerics.solvers.ode", "SOLVER_DICT", after="torchdyn.numerics.odeint"),
+        # torchdyn itself has no table of sensitivities.
         Group(
-            "torchdyn.sensitivities",
-            "symplectic_plugin.hosts.torchdyn",
-            "SENSITIVITIES",
+            "torchdyn.sensitivities", "symplectic_plugin.hosts.torchdyn", "SENSITIVITIES",
             after="torchdyn.core.problems",
         ),
     ),
-}
+}  # fmt: skip
+"""Name of a host's package, which is that of its distribution too -> groups of entry points."""
 
 _SLOW_TO_IMPORT = ("torchdyn",)
-_OWN_DISTRIBUTION = "symplectic-plugin"
+"""Hosts that are only imported where they are named, as that takes seconds."""
 
-
-class _Entry(NamedTuple):
-    solver: Any
-    distribution: str
-    is_variant: bool
-
-
-@dataclass
-class _Registration:
-    """What has been put into one table."""
-
-    table: MutableMapping[str, Any]
-    entries: dict[str, _Entry] = field(default_factory=dict)
-    installed: list[Any] = field(default_factory=list)
-
-
-class _Found(NamedTuple):
-    name: str
-    distribution: str
-    solver: Any
-
-
-_registrations: dict[str, dict[Group, _Registration]] = {}  # by host
+_registrations: dict[str, dict[Group, Registration]] = {}  # by host
 _left_alone: set[str] = set()  # hosts that the user unregistered
 _lock = threading.RLock()
 
@@ -100,19 +81,19 @@ def register(host: str | None = None) -> None:
     """Put the solvers of all installed distributions into a host, by default into every installed one.
 
     Programs need this only where torch does not load the plugin by itself (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``) or
-    after :func:`unregister`. A second call changes nothing, except that it takes up distributions installed since, and
+    after :func:`unregister`. A second call changes nothing, except that it registers distributions installed since, and
     variants of methods that the host got since.
 
     A distribution whose solver cannot be loaded, or whose name for it is taken, is reported by a ``RuntimeWarning``
     that names it; the others are registered all the same.
 
     Args:
-        host: the host, which is imported. Without it, torchdiffeq is imported if it is installed, and torchdyn, which
-            takes seconds to import, is registered with when the program imports it.
+        host: host to import and register with. By default, torchdiffeq is imported if it is installed, and torchdyn,
+            which takes seconds to import, is registered with when the program imports it.
 
     Raises:
-        ValueError: there is no host of that name.
-        ImportError: the host is not installed; without an argument, none is.
+        ValueError: if there is no host of that name.
+        ImportError: if the host is not installed; by default, if none is.
     """
     from symplectic_plugin.registration import autoload
 
@@ -132,12 +113,15 @@ def register(host: str | None = None) -> None:
 
 
 def unregister(host: str | None = None) -> None:
-    """Put a host (by default, every host) back to what it was before, until :func:`register` is called.
+    """Restore a host (by default, every host) to the state before registration, until :func:`register` is called.
 
-    A host that is not registered with, or not even imported or installed, is left alone from then on.
+    A host that is not registered with, imported or installed yet will not be registered with when it is imported.
+
+    Args:
+        host: host to restore.
 
     Raises:
-        ValueError: there is no host of that name.
+        ValueError: if there is no host of that name.
     """
     for name in _chosen(host):
         _left_alone.add(name)
@@ -146,56 +130,67 @@ def unregister(host: str | None = None) -> None:
 
 
 def registered() -> dict[str, dict[str, str]]:
-    """What is registered: for each group of entry points, the names and the distribution, with its version, of each."""
+    """List what is registered: group of entry points -> name -> distribution with its version."""
     with _lock:
         return {
-            group.name: {name: entry.distribution for name, entry in registration.entries.items()}
+            group.name: registration.distributions
             for by_group in _registrations.values()
             for group, registration in by_group.items()
         }
 
 
 def host_executing(host: str) -> None:
-    """Called by the import hook before the host's module is executed, the first time or in a reload.
+    """Withdraw from a host whose module is about to be executed, the first time or in a reload.
 
-    What was installed into the module goes before the reload, which would otherwise leave half of it.
+    A reload would otherwise undo half of what solvers installed into the module.
     """
     for problem in _withdraw(host):
         complain(problem)
 
 
 def host_executed(host: str) -> None:
-    """Called by the import hook when a module of the host's has been executed."""
+    """Register with a host of which a module was executed."""
     if host in _left_alone:
         return
-    # Until the host's packages are complete, what the entry points name could not import from them in the usual way.
-    waited_for = [spec for group in HOSTS[host] if (spec := in_progress(group.after)) is not None]
-    for spec in waited_for[:1]:
+    # While the host's packages are incomplete, entry points could not import from them in the usual way.
+    incomplete = [spec for group in HOSTS[host] if (spec := in_progress(group.after)) is not None]
+    for spec in incomplete[:1]:
         when_complete(spec, partial(host_executed, host))
     for problem in _register(host):
         complain(problem)
 
 
 def _chosen(host: str | None) -> list[str]:
+    """List the named host, or all hosts for None.
+
+    Raises:
+        ValueError: if there is no host of that name.
+    """
     if host is not None and host not in HOSTS:
         raise ValueError(f"unknown host {host!r}: the hosts are {', '.join(sorted(HOSTS))}")
     return list(HOSTS) if host is None else [host]
 
 
 def _register(host: str) -> list[str]:
-    """Register with what is imported of a host; returns what is to be warned of, once everything else is done."""
+    """Register with the imported modules of a host; returns warnings for the user, to be issued after all else."""
     problems: list[str] = []
+    when_importing = partial(when_complete, call=partial(host_executed, host))
     for group in HOSTS[host]:
         if group.after not in sys.modules or in_progress(group.after) is not None:
             continue
-        # Outside the lock: importing takes locks of its own, and another thread may hold those and want this one.
-        found = _find(host, group, problems)
+        # Outside the lock: loading takes import locks, and a thread that holds one of those may wait for this lock.
+        found = discover(group.name, registered().get(group.name, {}), problems, when_importing)
         with _lock:
-            _fill(_registration(host, group, problems), found, problems)
+            problems += _registration(host, group, problems).fill(found)
     return problems
 
 
-def _registration(host: str, group: Group, problems: list[str]) -> _Registration:
+def _registration(host: str, group: Group, problems: list[str]) -> Registration:
+    """Return the registration with a host's present table, and append warnings to `problems`.
+
+    Raises:
+        RuntimeError: if the host has no such table.
+    """
     try:
         table = getattr(import_module(group.module), group.table)
     except (ImportError, AttributeError) as error:
@@ -203,121 +198,11 @@ def _registration(host: str, group: Group, problems: list[str]) -> _Registration
     known = _registrations.get(host, {}).get(group)
     if known is not None and known.table is not table:  # a reloaded module has a new table
         problems += _withdraw(host)
-    return _registrations.setdefault(host, {}).setdefault(group, _Registration(table))
-
-
-def _find(host: str, group: Group, problems: list[str]) -> list[_Found]:
-    """The group's entry points, loaded; of two with one name, the one that is registered already or sorts first."""
-    taken = registered().get(group.name, {})
-
-    def precedence(entry_point: EntryPoint) -> tuple[bool, bool, str, str]:
-        distribution = _distribution(entry_point)
-        return (
-            taken.get(entry_point.name) != distribution,
-            distribution.split()[0] != _OWN_DISTRIBUTION,
-            distribution,
-            entry_point.value,
-        )
-
-    first: dict[str, EntryPoint] = {}
-    for entry_point in sorted(entry_points(group=group.name), key=precedence):
-        winner = first.setdefault(entry_point.name, entry_point)
-        # An editable install can be listed twice under one distribution.
-        if _distribution(winner) != _distribution(entry_point):
-            problems.append(
-                f"{_distribution(winner)} and {_distribution(entry_point)} both have a {entry_point.name!r} in "
-                f"{group.name}: the one of {_distribution(winner)} is used"
-            )
-    if not first:
-        problems.append(f"no installed distribution has entry points in {group.name}: pip install {_OWN_DISTRIBUTION}")
-    found = []
-    for entry_point in first.values():
-        importing = in_progress(entry_point.module)
-        if importing is not None:  # its module is what imports the host, and does not have the object yet
-            when_complete(importing, partial(host_executed, host))
-            continue
-        try:
-            solver = entry_point.load()
-            if not callable(solver):
-                raise TypeError(f"{solver!r} is not callable")
-        except Exception as error:
-            problems.append(_failure("cannot be loaded", entry_point.name, _distribution(entry_point), error))
-        else:
-            found.append(_Found(entry_point.name, _distribution(entry_point), solver))
-    return found
-
-
-def _fill(registration: _Registration, found: list[_Found], problems: list[str]) -> None:
-    table, entries = registration.table, registration.entries
-    for name in [name for name, entry in entries.items() if table.get(name) is not entry.solver]:
-        del entries[name]  # the user has put something else there since
-
-    def put(name: str, entry: _Entry) -> bool:
-        if name in entries:
-            return True
-        if name in table:
-            problems.append(f"{entry.distribution}: {name!r} is not registered, a solver of that name exists already")
-            return False
-        table[name] = entry.solver
-        entries[name] = entry
-        return True
-
-    present = []
-    for name, distribution, solver in found:
-        if name not in entries and name not in table:
-            try:
-                _install(registration, solver)
-            except Exception as error:
-                problems.append(_failure("cannot be installed", name, distribution, error))
-                continue
-        if put(name, _Entry(solver, distribution, is_variant=False)):
-            present.append((name, distribution, solver))
-
-    # Without variants in it, so that what comes out does not depend on the order or on how often this is done.
-    methods = {name: solver for name, solver in table.items() if not (name in entries and entries[name].is_variant)}
-    for name, distribution, solver in present:
-        if not callable(getattr(solver, "variants", None)):
-            continue
-        try:
-            variants = dict(solver.variants(name, {other: each for other, each in methods.items() if other != name}))
-        except Exception as error:
-            problems.append(_failure("has no variants", name, distribution, error))
-            continue
-        for variant, variant_solver in variants.items():
-            put(variant, _Entry(variant_solver, distribution, is_variant=True))
-
-
-def _install(registration: _Registration, solver: Any) -> None:
-    if any(solver is each for each in registration.installed):  # it has two names
-        return
-    if callable(getattr(solver, "install", None)):
-        solver.install()
-    registration.installed.append(solver)
+    return _registrations.setdefault(host, {}).setdefault(group, Registration(table))
 
 
 def _withdraw(host: str) -> list[str]:
-    """Take everything out of a host again; returns what is to be warned of."""
-    problems = []
+    """Remove everything from a host's tables; returns warnings for the user."""
     with _lock:
-        for registration in _registrations.pop(host, {}).values():
-            for name, entry in registration.entries.items():
-                if registration.table.get(name) is entry.solver:
-                    del registration.table[name]
-            for solver in reversed(registration.installed):
-                try:
-                    if callable(getattr(solver, "uninstall", None)):
-                        solver.uninstall()
-                except Exception as error:
-                    problems.append(f"{solver!r} cannot be uninstalled from {host}: {error!r}")
-    return problems
-
-
-def _distribution(entry_point: EntryPoint) -> str:
-    distribution = entry_point.dist
-    if distribution is None:
-        return "unknown 0"
-    return f"{distribution.name.lower().replace('_', '-')} {distribution.version}"
-
-
-def _failure(what: str, name: str, distribution: str, error: Exception) -> str:
-    return f"{distribution}: the entry point {name!r} {what}: {type(error).__name__}: {error}"
+        registrations = _registrations.pop(host, {}).values()
+        return [f"{host}: {problem}" for registration in registrations for problem in registration.withdraw()]

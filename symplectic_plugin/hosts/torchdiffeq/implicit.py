@@ -1,9 +1,8 @@
-"""The implicit methods as torchdiffeq's solvers: fixed-grid ones, and adaptive ones that its own controller drives."""
+"""Implicit methods as torchdiffeq solvers: on given grids, and adaptive ones with torchdiffeq's step size control."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,16 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl import rk_common
-from torchdiffeq._impl.misc import (
-    Perturb,
-    _optimal_step_size,
-    _PerturbFunc,
-    _ReverseFunc,
-    _TupleFunc,
-)
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
-from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from ...methods.implicit_step import ImplicitSteps, StepFields, TakenStep
 from ...methods.implicit_tableaux import METHODS, ImplicitMethod, lower_rows
@@ -28,20 +17,38 @@ from ...methods.newton import OPTIONS, NewtonOptions, tolerance_weights
 from ...methods.no_gradient import without_gradient
 from ...methods.stage_field import Layout, StageField, stage_field
 from ...methods.tableau import ButcherTableau
-
-_HAS_LIMITS = "min_step" in inspect.signature(RKAdaptiveStepsizeODESolver.__init__).parameters
-"""Whether torchdiffeq has limits for step sizes, and callbacks: 0.2.3 has neither."""
+from ._compat import (
+    HAS_STEP_LIMITS,
+    FixedGridODESolver,
+    Perturb,
+    RKAdaptiveStepsizeODESolver,
+    _ButcherTableau,
+    _optimal_step_size,
+    _PerturbFunc,
+    _ReverseFunc,
+    _TupleFunc,
+    implicit_families,
+)
 
 
 class _Implicit:
-    """What the solvers of both families share: taking one step.
+    """Base class of both families of solvers, which takes one step.
 
     Args:
-        func: the vector field, as torchdiffeq wraps it.
-        y0: initial state, any shape, floating point or complex.
-        rtol, atol: tolerances; see `NewtonOptions` for what they mean for the stages.
-        independent_batch: whether the leading dimension of a state with several is a batch of independent states.
-        **options: those of `NewtonOptions`, and of torchdiffeq's solver.
+        func: vector field, in torchdiffeq's wrappers.
+        y0: initial state, any shape, floating point or complex, in at least single precision.
+        rtol: relative tolerance, for the step size control and for Newton's method, see `NewtonOptions`.
+        atol: absolute tolerance, for the same.
+        independent_batch: whether the leading dimension of a state with several dimensions is a batch of independent
+            states.
+        **options: options of `NewtonOptions` and of torchdiffeq's solver.
+
+    Attributes:
+        weights: function from a state to the error that the tolerances allow in each component in a step from the
+            state, shape (B, n).
+
+    Raises:
+        ValueError: if the state is in less than single precision, or an option is out of range.
     """
 
     method: ClassVar[ImplicitMethod]
@@ -49,10 +56,9 @@ class _Implicit:
     func: Any
     y0: Tensor
     weights: Callable[[Tensor], Tensor]
-    """The error that the tolerances allow in each component in a step from a state, shape (B, n)."""
 
     def __init__(
-        self, func: Any, y0: Tensor, rtol: Any, atol: Any, independent_batch: bool = True, **options: Any
+        self, func: Any, y0: Tensor, rtol: Any, atol: Any, *, independent_batch: bool = True, **options: Any
     ) -> None:
         if not (y0.is_floating_point() or y0.is_complex()) or torch.finfo(y0.dtype).bits < 32:
             raise ValueError(f"{self.method.name}: give the state in single or double precision, not in {y0.dtype}")
@@ -65,18 +71,27 @@ class _Implicit:
         self._compared = False
 
     def parts_of(self, func: Any) -> tuple[Any, Any]:
-        """The stiff and the nonstiff part of a vector field."""
-        return _parts(func, self.method.name)
+        """Return the stiff and the nonstiff part of a vector field."""
+        return stiff_and_nonstiff(func, self.method.name)
 
     @abstractmethod
     def stage_keywords(self) -> list[dict[str, Any]]:
-        """What f is handed at each stage beside time and state."""
+        """List the keyword arguments of f at each stage."""
 
     def take(
         self, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor, keywords: Sequence[dict[str, Any]], f0: Tensor | None
     ) -> TakenStep:
-        """Take a step from y0 at t0, with the slope there if it is known."""
-        # As torchdiffeq has it, so that a stage at the step's end is at t1 to the last bit.
+        """Take a step from t0 to t1.
+
+        Args:
+            t0: time at the step's start.
+            dt: size of the step.
+            t1: time at the step's end.
+            y0: state at the step's start.
+            keywords: keyword arguments of f at each stage.
+            f0: slope at the step's start, if it is known.
+        """
+        # A stage at the step's end is at t1 to the last bit, as in torchdiffeq's step.
         times = [t1 if c == 1 else t0 + c * dt for c in self.method.tableau.c.tolist()]
         if self.parts is not None:
             self._compare_parts(t0, y0)
@@ -86,7 +101,7 @@ class _Implicit:
             return self.steps.take(fields, self.layout.flat(y0), float(dt), self.weights(y0), slope)
 
     def fields(self, times: Sequence[Tensor], keywords: Sequence[dict[str, Any]]) -> StepFields:
-        """f at the stages of a step."""
+        """Build f at the times of a step's stages, with the keyword arguments of each stage."""
         functions = (self.func,) if self.parts is None else self.parts
         stages, *others = [
             [self._field(function, t, kwargs) for t, kwargs in zip(times, keywords, strict=True)]
@@ -98,10 +113,10 @@ class _Implicit:
         return stage_field(lambda x: func(t, x, **keywords), self.layout)
 
     def _compare_parts(self, t0: Tensor, y0: Tensor) -> None:
-        """Check once that the parts add up to the whole.
+        """Check at the first step that the stiff and the nonstiff part add up to the vector field.
 
         Raises:
-            ValueError: if they do not.
+            ValueError: if the sum differs.
         """
         if self._compared or self.parts is None:
             return
@@ -112,8 +127,29 @@ class _Implicit:
         if not bool(off <= 1e-3 * sum(torch.linalg.vector_norm(part) for part in parts)):
             raise ValueError(f"{self.method.name}: func is not the sum of func.stiff and func.nonstiff")
 
+    def integrate(self, t: Tensor) -> Tensor:
+        """Compute the solution at the times t, shape (len(t), *y0.shape)."""
+        with torch.no_grad():
+            solution = super().integrate(t)  # type: ignore[misc]
+        return self._refused(solution, t)
+
+    def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute the time of an event, and the states at t0 and at that time, as torchdiffeq does.
+
+        Raises:
+            ValueError: if the method is additive.
+        """
+        if self.method.nonstiff is not None:
+            raise ValueError(
+                f"{self.method.name}: there are no events with it, since its interpolant is not accurate inside steps "
+                f"where the system is stiff: use {self.method.name.removesuffix('_imex')}"
+            )
+        with torch.no_grad():
+            event_t, solution = super().integrate_until_event(t0, event_fn)  # type: ignore[misc]
+        return event_t, self._refused(solution, t0)
+
     def _refused(self, solution: Tensor, t: Tensor) -> Tensor:
-        """The solution with a graph that only says that there is none, where one would be expected."""
+        """Give the solution a graph that raises in the backward pass, unless gradients are disabled."""
         if not torch.is_grad_enabled():
             return solution
         slope = self.func(t.reshape(-1)[0], self.y0)
@@ -122,45 +158,29 @@ class _Implicit:
 
 
 class FixedGridImplicit(_Implicit, FixedGridODESolver):
-    """An implicit method on a grid that is given."""
+    """Solver by an implicit method on a given grid."""
 
     def stage_keywords(self) -> list[dict[str, Any]]:
         at_end: dict[str, Any] = {"perturb": Perturb.PREV} if self.perturb else {}
         return [self.start_keywords() if c == 0 else at_end if c == 1 else {} for c in self.method.tableau.c.tolist()]
 
     def start_keywords(self) -> dict[str, Any]:
-        """What f is handed at a step's start beside time and state."""
+        """Keyword arguments of f at a step's start."""
         return {"perturb": Perturb.NEXT} if self.perturb else {}
 
     def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
-        # The slope at the start is for the cubic interpolant, where it is not one of the method's own.
+        # The cubic interpolant takes the slope at the start, which need not be a slope of the method.
         f0 = func(t0, y0, **self.start_keywords()) if self.interp == "cubic" else None
         first = f0 if self.method.explicit_first_stage else None
         taken = self.take(t0, dt, t1, y0, self.stage_keywords(), first)
         if bool(taken.failed.any()):
-            raise RuntimeError(
-                f"{self.method.name}: Newton's method did not solve the step from t = {float(t0):g} of size "
-                f"{float(dt):g} ({int(taken.failed.sum())} of {len(taken.failed)} batch elements): {taken.reason}. "
-                "Take smaller steps, or an adaptive method (kencarp3, kencarp5)."
-            )
+            raise taken.failure(self.method.name, float(t0), float(dt))
         shaped = self.layout.shaped
         return shaped(taken.increment), shaped(taken.slopes[0]) if f0 is None else f0
 
-    def integrate(self, t: Tensor) -> Tensor:
-        """The solution at the times t, shape (len(t), *y0.shape)."""
-        with torch.no_grad():
-            solution = super().integrate(t)
-        return self._refused(solution, t)
-
-    def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The time of the event, and the states at t0 and then."""
-        with torch.no_grad():
-            event_t, solution = super().integrate_until_event(t0, event_fn)
-        return event_t, self._refused(solution, t0)
-
 
 class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
-    """A pair of diagonally implicit methods, with torchdiffeq's error norm, step sizes, interpolant and events."""
+    """Solver by a pair of diagonally implicit methods, with torchdiffeq's step size control and interpolant."""
 
     step_t: Any
     jump_t: Any
@@ -170,13 +190,13 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
 
     def _adaptive_step(self, rk_state: Any) -> Any:
         if self.method.nonstiff is not None:
-            # torchdiffeq does not go on to the next one where a step ends there of itself.
+            # torchdiffeq does not advance the index where a step ends at a given time by its own size.
             while self.next_step_index < len(self.step_t) - 1 and self.step_t[self.next_step_index] <= rk_state.t1:
                 self.next_step_index += 1
         t0, t1, dt = self._ends(rk_state)
         y0, func = rk_state.y1, self.func
         if not bool(t1 > t0 and y0.isfinite().all()):
-            return super()._adaptive_step(rk_state)  # which complains
+            return super()._adaptive_step(rk_state)  # raises torchdiffeq's error
         keywords = self.stage_keywords()
         if self.method.nonstiff is not None and bool((self.jump_t == t0).any()):
             keywords[0] = {"perturb": Perturb.NEXT}
@@ -186,8 +206,8 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
             return self._rejected(rk_state, t0, dt, taken.reason)
         slopes = [self.layout.shaped(slope) for slope in taken.slopes]
         if self.method.nonstiff is not None:
-            rk_state = rk_state._replace(f1=slopes[0])  # it was evaluated again, in its parts
-        # torchdiffeq's own step, for which the slopes are there already.
+            rk_state = rk_state._replace(f1=slopes[0])  # the sum of both parts' slopes
+        # torchdiffeq's own step, with an f that answers with the slopes.
         self.func = _Slopes(func, slopes[1:])
         try:
             return super()._adaptive_step(rk_state)
@@ -196,8 +216,8 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
 
     def _before_integrate(self, t: Tensor) -> None:
         if self.method.nonstiff is not None and len(t) > 1:
-            # Slopes of an additive method's stages are far from the solution's where that is stiff, and so is an
-            # interpolant made of them: outputs are ends of steps.
+            # Slopes at the stages of an additive method are far from the solution's slope where f is stiff, and so is
+            # their interpolant: every output must be the end of a step.
             given = t[:0] if self.step_t is None else self.step_t.to(t)
             jumps = t[:0] if self.jump_t is None else self.jump_t.to(t)
             times = torch.cat([given, t[1:]]).unique()
@@ -205,9 +225,9 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
         super()._before_integrate(t)
 
     def _ends(self, rk_state: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Start, end and size of the step that torchdiffeq is about to take."""
+        """Compute start, end and size of the step that torchdiffeq is about to take."""
         t0, dt = rk_state.t1, rk_state.dt
-        if _HAS_LIMITS:
+        if HAS_STEP_LIMITS:
             dt = (dt if dt.isfinite() else self.min_step).clamp(self.min_step, self.max_step)
         t1 = t0 + dt
         for times, index in ((self.step_t, self.next_step_index), (self.jump_t, self.next_jump_index)):
@@ -217,15 +237,19 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
         return t0, t1, dt
 
     def _rejected(self, rk_state: Any, t0: Tensor, dt: Tensor, reason: str) -> Any:
-        """What a step whose error is infinite is followed by: the same with a smaller one."""
+        """Return the state after a rejected step of infinite error, with a smaller step size.
+
+        Raises:
+            RuntimeError: if the step can't be made smaller.
+        """
         y0 = rk_state.y1
-        if _HAS_LIMITS:
+        if HAS_STEP_LIMITS:
             self.func.callback_step(t0, y0, dt)
             self.func.callback_reject_step(t0, y0, dt)
         self.steps.newton.forget()
         error_ratio = torch.full_like(dt, float("inf"))
         smaller = _optimal_step_size(dt, error_ratio, self.safety, self.ifactor, self.dfactor, self.order)
-        if _HAS_LIMITS:
+        if HAS_STEP_LIMITS:
             smaller = smaller.clamp(self.min_step, self.max_step)
         if smaller >= dt or t0 + smaller <= t0 or smaller < torch.finfo(dt.dtype).tiny:
             raise RuntimeError(
@@ -234,78 +258,65 @@ class AdaptiveImplicit(_Implicit, RKAdaptiveStepsizeODESolver):
             )
         return rk_state._replace(t0=t0, dt=smaller)
 
-    def integrate(self, t: Tensor) -> Tensor:
-        """The solution at the times t, shape (len(t), *y0.shape)."""
-        with torch.no_grad():
-            solution = super().integrate(t)
-        return self._refused(solution, t)
-
-    def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The time of the event, and the states at t0 and then.
-
-        Raises:
-            ValueError: if the method is an additive one.
-        """
-        if self.method.nonstiff is not None:
-            raise ValueError(
-                f"{self.method.name}: there are no events with it, since its interpolant is not accurate inside steps "
-                f"where the system is stiff: use {self.method.name.removesuffix('_imex')}"
-            )
-        with torch.no_grad():
-            event_t, solution = super().integrate_until_event(t0, event_fn)
-        return event_t, self._refused(solution, t0)
-
 
 class _Slopes:
-    """Stands for f while torchdiffeq takes a step whose slopes are known: hands them out in their order."""
+    """Stand-in for f in a step of torchdiffeq: answers its calls with known slopes, in order.
+
+    Args:
+        func: f, in torchdiffeq's wrappers, for its attributes and calls beyond the step's end.
+        slopes: slopes in the order of the calls.
+    """
 
     def __init__(self, func: Any, slopes: Sequence[Tensor]) -> None:
         self._func = func
         self._slopes = iter(slopes)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._func, name)  # the callbacks
+        return getattr(self._func, name)  # torchdiffeq's callbacks
 
     def __call__(self, t: Tensor, y: Tensor, *, perturb: Perturb = Perturb.NONE) -> Tensor:
-        if perturb is Perturb.NEXT:  # beyond a jump at the step's end
+        if perturb is Perturb.NEXT:  # the slope after a jump at the step's end
             return self._func(t, y, perturb=perturb)
         return next(self._slopes)
 
 
-def _parts(func: Any, name: str) -> tuple[Any, Any]:
-    """The stiff and the nonstiff part of a vector field, each in the wrappers that torchdiffeq put around it.
+def stiff_and_nonstiff(func: Any, method: str) -> tuple[Any, Any]:
+    """Return the stiff and the nonstiff part of a vector field for an additive method, in wrappers like the field's.
+
+    Args:
+        func: vector field in torchdiffeq's wrappers.
+        method: name of the method, for the error.
 
     Raises:
-        ValueError: if it does not offer them.
+        ValueError: if the user's function has no such parts.
     """
-    wrappers, user = [], func
-    while isinstance(user, (_PerturbFunc, _ReverseFunc, _TupleFunc)):
-        wrappers.append(user)
-        user = user.base_func
-    parts = [getattr(user, part, None) for part in ("stiff", "nonstiff")]
-    if not all(callable(part) for part in parts):
+    return _part(func, "stiff", method), _part(func, "nonstiff", method)
+
+
+def _part(func: Any, part: str, method: str) -> Any:
+    if isinstance(func, _TupleFunc):
+        return _TupleFunc(_part(func.base_func, part, method), func.shapes)
+    if isinstance(func, _ReverseFunc):
+        return _ReverseFunc(_part(func.base_func, part, method), func.mul)
+    if isinstance(func, _PerturbFunc):
+        return _PerturbFunc(_part(func.base_func, part, method))
+    function = getattr(func, part, None)
+    if not callable(function):
         raise ValueError(
-            f"{name}: func must offer its two parts as func.stiff(t, y) and func.nonstiff(t, y), which add up to "
-            f"func(t, y). For all of it to be implicit: {name.removesuffix('_imex')}."
+            f"{method}: func must offer its two parts as func.stiff(t, y) and func.nonstiff(t, y), which add up to "
+            f"func(t, y). For all of it to be implicit: {method.removesuffix('_imex')}."
         )
-    for wrapper in reversed(wrappers):
-        if isinstance(wrapper, _TupleFunc):
-            parts = [_TupleFunc(part, wrapper.shapes) for part in parts]
-        elif isinstance(wrapper, _ReverseFunc):
-            parts = [_ReverseFunc(part, wrapper.mul) for part in parts]
-        else:
-            parts = [_PerturbFunc(part) for part in parts]
-    return parts[0], parts[1]
+    return function
 
 
 def _solver(method: ImplicitMethod) -> type:
-    """The class of a method's solver."""
+    """Build the solver class of a method."""
     family: type = FixedGridImplicit if method.embedded is None else AdaptiveImplicit
     name = "".join(part.capitalize() if part.islower() else part for part in method.name.split("_"))
     members: dict[str, Any] = {"method": method, "order": method.order, "__doc__": family.__doc__}
     if method.embedded is not None:
         tableau = method.tableau
-        # Its diagonal is not here: torchdiffeq's step only adds up the slopes that it is handed.
+        # Without the diagonal: torchdiffeq's step only adds up the slopes.
         beta = [tableau.a[i, :i].clone() for i in range(1, tableau.stages)]
         members["tableau"] = _ButcherTableau(tableau.c[1:], beta, tableau.b, tableau.b - method.embedded)
         members["mid"] = method.midpoint
@@ -313,28 +324,26 @@ def _solver(method: ImplicitMethod) -> type:
 
 
 SOLVERS: dict[str, type] = {name: _solver(method) for name, method in METHODS.items()}
-"""The solver classes by name."""
+"""Solver classes by name of the method."""
 
 
 def is_torchdiffeqs(solver: Any) -> bool:
-    """Whether a class is an implicit method of torchdiffeq's own: its main branch has some, up to 0.2.5 it has none."""
-    families = [getattr(rk_common, f"FixedGrid{kind}ODESolver", None) for kind in ("FIRK", "DIRK")]
+    """Tell whether a solver class is one of torchdiffeq's own implicit methods."""
     return hasattr(solver, "tableau") and any(
-        family is not None and issubclass(solver, family) and solver._step_func is family._step_func
-        for family in families
+        issubclass(solver, family) and solver._step_func is family._step_func for family in implicit_families()
     )
 
 
 @functools.cache
 def counterpart(name: str, theirs: Any) -> type:
-    """The solver with the coefficients of an implicit method of torchdiffeq's own, whose stages are solved for here.
+    """Build the solver class that has the coefficients of one of torchdiffeq's own implicit methods.
 
     Args:
-        name: the method's, in torchdiffeq's registry.
-        theirs: its class there.
+        name: name of the method in torchdiffeq's table.
+        theirs: solver class of torchdiffeq.
 
     Raises:
-        ValueError: if its stages' times are not the row sums of its coefficients, and there is no such method here.
+        ValueError: if the stage times are not the row sums of the coefficients, and the plugin has no method `name`.
     """
     alpha, beta, b, _ = theirs.tableau
     try:
@@ -342,7 +351,7 @@ def counterpart(name: str, theirs: Any) -> type:
     except ValueError as error:
         if name not in SOLVERS:
             raise ValueError(f"symplectic_adjoint: the coefficients of {name}: {error}") from None
-        # Both stages of gl4 are at 1/2 - sqrt(3)/6 there, so that it is of order 1 where f depends on t.
+        # Both stages of torchdiffeq's gl4 are at 1/2 - sqrt(3)/6, which makes its order 1 where f depends on t.
         warnings.warn(
             f"symplectic_adjoint: the installed torchdiffeq's {name} has wrong coefficients, and is solved with the "
             f"right ones: {error}",

@@ -13,7 +13,8 @@ from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _runge_kutta_step
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from ...methods.tableau import ButcherTableau, probe
+from ...methods.read_tableau import probe
+from ...methods.tableau import ButcherTableau
 from ...record.method import DenseOutput
 from .implicit import AdaptiveImplicit, FixedGridImplicit, counterpart, is_torchdiffeqs
 

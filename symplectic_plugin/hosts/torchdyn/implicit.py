@@ -1,4 +1,4 @@
-"""The implicit methods as torchdyn's solvers: for fixed steps, and for its loops with step control."""
+"""Implicit methods as torchdyn solvers, for torchdyn's loops over given steps and with step size control."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdyn.numerics.solvers.templates import DiffEqSolver
 
 from ...methods import implicit_tableaux
 from ...methods.implicit_step import ImplicitSteps, StepFields, TakenStep
@@ -18,32 +17,36 @@ from ...methods.no_gradient import without_gradient
 from ...methods.stage_field import Layout, stage_field
 from ...methods.tableau import ButcherTableau
 from ...record.implicit_solve import ImplicitSolve, require_exact
+from ._compat import DiffEqSolver
 
 _ONE = torch.ones(1, dtype=torch.float64)
 
 METHODS: Mapping[str, ImplicitMethod] = {
     **{name: method for name, method in implicit_tableaux.METHODS.items() if method.nonstiff is None},
-    # torchdyn's own, which evaluates f at the step's start.
+    # The tableau of torchdyn's own implicit_euler, which evaluates f at the time of the step's start.
     "implicit_euler": ImplicitMethod(
         "implicit_euler", 1, ButcherTableau(_ONE[None], _ONE, 0 * _ONE, rounding=float("inf"))
     ),
 }
-"""The methods that there are for torchdyn."""
+"""Implicit methods for torchdyn, by name."""
 
 
 class ImplicitSolver(DiffEqSolver):
-    """An implicit Runge-Kutta method with torchdyn's interface for solvers.
+    """Implicit Runge-Kutta method with torchdyn's interface for solvers.
 
     Args:
-        name: the method's, in `METHODS`; not an additive one, whose two parts torchdyn's wrappers hide.
-        dtype: not used: a step is computed in the state's.
-        independent_batch: whether the leading dimension of a state with several is a batch of independent states.
-        rtol, atol: what the errors of stages are measured by (torchdyn does not tell its solvers its tolerances); see
-            `NewtonOptions`.
-        **options: those of `NewtonOptions`.
+        name: name of the method in `METHODS`. There are no additive methods, as torchdyn's wrappers hide their parts.
+        dtype: ignored; steps are computed in the state's dtype.
+        independent_batch: whether the leading dimension of a state with several dimensions is a batch of independent
+            states.
+        rtol: relative tolerance for Newton's method, see `NewtonOptions`: torchdyn does not give its solvers the
+            tolerances of the solve.
+        atol: absolute tolerance for Newton's method.
+        **options: options of `NewtonOptions`.
 
     Raises:
-        ValueError: if there is no such method.
+        ValueError: if there is no such method, or an option is out of range.
+        TypeError: if there is no such option.
     """
 
     def __init__(
@@ -71,11 +74,15 @@ class ImplicitSolver(DiffEqSolver):
 
     @property
     def method(self) -> ImplicitMethod:
-        """The method."""
+        """Coefficients of the method."""
         return METHODS[self.name]
 
     def sync_device_dtype(self, x: Any, t_span: Tensor) -> tuple[Any, Tensor]:
-        """As in torchdyn, whose loops call it first."""
+        """Prepare a solve, as torchdyn's loops do before its first step.
+
+        Raises:
+            ValueError: if the state is no tensor, or in less than single precision.
+        """
         if not isinstance(x, Tensor):
             raise ValueError(f"{self.name}: the state must be a tensor, got {type(x).__name__}")
         if not (x.is_floating_point() or x.is_complex()) or torch.finfo(x.dtype).bits < 32:
@@ -85,11 +92,11 @@ class ImplicitSolver(DiffEqSolver):
         return result
 
     def layout(self, x: Tensor) -> Layout:
-        """How states like this one are laid out."""
+        """Return the layout of states of the shape and dtype of x."""
         return Layout(x.shape, x.dtype, self.independent_batch)
 
     def weights(self, layout: Layout) -> Callable[[Tensor], Tensor]:
-        """What `ImplicitSolve` has by that name."""
+        """Return the function `weights` of `ImplicitSolve`, for states of this layout."""
         return functools.partial(tolerance_weights, layout, self.rtol, self.atol)
 
     def implicit_solve(self, x: Tensor) -> ImplicitSolve:
@@ -102,14 +109,26 @@ class ImplicitSolver(DiffEqSolver):
         return ImplicitSolve(self.method, require_exact(self.options), layout, self.weights(layout))
 
     def stage_times(self, t: Tensor, dt: Tensor) -> list[Tensor]:
-        """The times of the stages of a step."""
+        """List the times of a step's stages."""
         return [t + c * dt for c in self.method.tableau.c.tolist()]
 
     def step(self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None) -> Any:
-        """As torchdyn has it: (last slope, state, error, slopes) of an adaptive method, else (None, state, None).
+        """Take a step of size dt from x at t.
+
+        Args:
+            f: vector field, f(t, x).
+            x: state at the step's start.
+            t: time at the step's start, one element.
+            dt: size of the step, one element.
+            k1: slope at the step's start, if it is known.
+            args: ignored.
+
+        Returns:
+            As torchdyn's steps: (last slope, state, error, slopes) by an adaptive method, else (None, state, None).
 
         Raises:
-            RuntimeError: if the stages can't be solved for, where the step is given or can't be smaller.
+            ValueError: if there are several sizes.
+            RuntimeError: if the stages can't be solved for, where the step is given or can't be made smaller.
         """
         if t.numel() != 1 or dt.numel() != 1:
             raise ValueError(f"{self.name}: steps of several sizes at once are not supported")
@@ -127,22 +146,24 @@ class ImplicitSolver(DiffEqSolver):
         return (None, end, None) if more is None else (more[0], end, *more[1:])
 
     def result(self, taken: TakenStep, x: Tensor, t: Tensor, dt: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
-        """The state at the end of a step from x; and the last slope, the error and slopes if the method is adaptive.
+        """Return the state at the end of a taken step, and (last slope, error, slopes) if the method is adaptive.
+
+        Args:
+            taken: the taken step.
+            x: state at the step's start.
+            t: time at the step's start.
+            dt: size of the step.
 
         Raises:
-            RuntimeError: as `step`.
+            RuntimeError: if the stages were not solved for, where the step is given or can't be made smaller.
         """
         layout, h, embedded = self.layout(x), dt.item(), self.method.embedded
         end = x + layout.shaped(taken.increment)
         if bool(taken.failed.any()):
-            # torchdyn shrinks a step by that factor if its error is infinite.
+            # torchdyn shrinks a step of infinite error by the factor min_factor.
             smaller = dt * self.min_factor.to(dt)
             if embedded is None or not bool((t + smaller > t) & (smaller > torch.finfo(dt.dtype).tiny)):
-                raise RuntimeError(
-                    f"{self.name}: Newton's method did not solve the step from t = {t.item():g} of size {h:g} "
-                    f"({int(taken.failed.sum())} of {len(taken.failed)} batch elements): {taken.reason}. Take smaller "
-                    "steps, or an adaptive method (kencarp3, kencarp5)."
-                )
+                raise taken.failure(self.name, t.item(), h)
             self.steps.newton.forget()
             return x.clone(), (layout.shaped(taken.slopes[0]), torch.full_like(x, float("inf")), Slopes())
         if embedded is None:
@@ -153,7 +174,7 @@ class ImplicitSolver(DiffEqSolver):
 
 
 class Slopes(Sequence[Tensor]):
-    """In the place of a step's slopes, of which torchdyn's interpolator would make dopri5's midpoint."""
+    """Stand-in for a step's slopes, which torchdyn's interpolator would combine with the weights of dopri5."""
 
     def __len__(self) -> int:
         raise ValueError("torchdyn's interpolator is dopri5's: leave interpolator away for the implicit methods")

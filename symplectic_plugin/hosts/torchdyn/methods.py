@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...field.held import Held
-from ...methods.tableau import ButcherTableau, read_tableau
+from ...methods.read_tableau import read_tableau
+from ...methods.tableau import ButcherTableau
 from .implicit import ImplicitSolver
 
 

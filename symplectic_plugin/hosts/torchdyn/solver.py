@@ -25,7 +25,7 @@ from ...field.evaluation import require_slope
 from ...field.graphs import mark_as_solve
 from ...field.random_numbers import Generators
 from ...field.witness import refuse_transforms
-from ...methods.tableau import read_rounded_tableau
+from ...methods.read_tableau import read_rounded_tableau
 from ...record.method import Method, Step
 from ...record.store import CheckpointStore
 from . import step_sizes
