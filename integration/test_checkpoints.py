@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import symplectic_plugin
 from benchmarks.peak_memory import peak_bytes
-from symplectic_plugin.record.store import POLICIES
 from symplectic_plugin.record.defaults import DEFAULTS, override
+from symplectic_plugin.record.store import POLICIES
 
 from .exactness import Outcome, assert_same, errors
 from .fields import MLP

@@ -317,7 +317,8 @@ class TestTampering:
         field = mlp()
         y = solve(solver, True, field, Y0, T)
         tamper(field)
-        with pytest.raises(RuntimeError, match="given other memory"):
+        # Of torchdyn's live graph autograd may be the first to notice: freed memory is too small.
+        with pytest.raises(RuntimeError, match=r"given other memory|out of bounds for storage"):
             y.sum().backward()
 
     @pytest.mark.usefixtures("kept")

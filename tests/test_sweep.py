@@ -7,14 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symplectic_plugin import ButcherTableau
+from symplectic_plugin.adjoint.step_back import Cotangents
 from symplectic_plugin.adjoint.sweep import sweep
 from symplectic_plugin.field.cotangents import CotangentSums
 from symplectic_plugin.field.report import SolveReport
 from symplectic_plugin.field.vector_field import VectorField
-from symplectic_plugin.record.store import Checkpoints
-from symplectic_plugin.record.kept import Kept
-from symplectic_plugin.record.step_graph import StepGraph
-from symplectic_plugin.record.trajectory import DenseOutput, Step, Trajectory
+from symplectic_plugin.record import defaults
+from symplectic_plugin.record.budget import Demand
+from symplectic_plugin.record.method import DenseOutput, Method, Step
+from symplectic_plugin.record.recorder import Plan, Recorder
+from symplectic_plugin.record.store import CheckpointStore
 
 from .strategies import tableaux
 
@@ -63,82 +65,60 @@ class Problem:
             x, t = end, t + h
         return torch.stack(outputs)
 
-    def sweep(self, cotangent: torch.Tensor, keep: list[str]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """The gradient, with this kept of each step: its state, its stages, its graph, or nothing."""
-        starts = [sum(self.sizes[:n]) for n in range(len(self.sizes))]
-        steps = [Step(t, t + h, h, False, {}) for t, h in zip(starts, self.sizes, strict=True)]
-        c = self.tableau.c
-        checkpoints = Checkpoints("auto")
-        trajectory = Trajectory(
+    def sweep(self, cotangent: torch.Tensor, policy: str) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Sweep over the solve as a recorder keeps it under a policy."""
+        c, stages = self.tableau.c, self.tableau.stages
+        method = Method(
             self.tableau,
-            False,
-            [{}] * self.tableau.stages,
-            ThroughTheEnd(self.tableau.b),
             lambda steps: torch.stack([step.t0 + c * step.h for step in steps]),
             lambda f, step, x, _: (self.step(f, step.t0, step.h, x), None),
-            checkpoints,
-            steps=steps,
-            outputs=self.places,
+            ThroughTheEnd(self.tableau.b),
+            [{}] * stages,
         )
         field = VectorField(self.field, torch.device("cpu"), SolveReport())
-        field.discover(torch.zeros((), dtype=torch.float64), self.x0, {})
-        x = self.x0
-        for n, (step, what) in enumerate(zip(steps, keep, strict=False)):
-            graph = StepGraph(field, self.tableau, x, step.h, None)
-            states: list[torch.Tensor] = []
-
-            def evaluate(t, x, graph=graph, states=states):
-                states.append(x)
-                return graph.evaluate(torch.as_tensor(t), x, {})
-
-            end = self.step(evaluate, step.t0, step.h, x)
-            trajectory.kept.append(
-                Kept(
-                    trajectory.kept[-1] if n else None,
-                    x,
-                    None,
-                    states[1:] if what == "stages" else None,
-                    graph if what == "graph" else None,
-                    n,
-                    end,
-                )
-            )
-            checkpoints.add(trajectory.kept[-1])
-            if what == "nothing" and n:
-                trajectory.kept[-1].state = None
-            x = end
-        sums = CotangentSums(field.dependencies, [True] * len(field.dependencies), field.stand_ins)
-        with torch.no_grad():
-            initial, _ = sweep(trajectory, field, sums, cotangent, False)
+        plan = Plan(self.x0, lambda _: Demand(self.x0, stages, False, len(self.places), None, 0, stages))
+        with defaults.override(live_graphs=False, snapshots=3):
+            recorder = Recorder(field, CheckpointStore(policy), method, plan)
+            x, t = self.x0, 0.0
+            for h in self.sizes:
+                step = Step(t, t + h, h)
+                recorder.begin_step(x, None, h)
+                moved, _ = recorder.take_step(step, method.stage_times([step])[0], x)
+                recorder.end_step(step, x, None)
+                x, t = x + moved, t + h
+            trajectory = recorder.finish(x, self.places)
+            sums = CotangentSums(field.dependencies, [True] * len(field.dependencies), field.stand_ins)
+            with torch.no_grad():
+                swept = sweep(trajectory, field, sums, Cotangents(cotangent), want_times=False)
         by_id = {id(d): total for d, total in zip(field.dependencies, sums.results(), strict=True)}
-        return initial, [by_id[id(self.w1)], by_id[id(self.w2)]]
+        return swept.initial, [by_id[id(self.w1)], by_id[id(self.w2)]]
 
 
-problems = st.builds(Problem, tableaux(), st.integers(0, 2**31), st.integers(1, 6))
-keeps = st.lists(st.sampled_from(["state", "stages", "graph", "nothing"]), min_size=6, max_size=6)
+problems = st.builds(Problem, tableaux(), st.integers(0, 2**31), st.integers(1, 12))
+policies = st.sampled_from(["auto", "stages", "steps", "binomial"])
 
 
-@given(problems, keeps, st.integers(0, 2**31))
-def test_it_gives_the_gradient_of_the_numerical_solution_whatever_is_kept(problem, keep, seed) -> None:
+@given(problems, policies, st.integers(0, 2**31))
+def test_it_gives_the_gradient_of_the_numerical_solution_whatever_is_kept(problem, policy, seed) -> None:
     x0 = problem.x0.clone().requires_grad_()
     outputs = problem.solve(x0)
     cotangent = torch.randn(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = torch.autograd.grad(outputs, (x0, problem.w1, problem.w2), cotangent, allow_unused=True)
-    initial, parameters = problem.sweep(cotangent, keep)
+    initial, parameters = problem.sweep(cotangent, policy)
     scale = max(float(e.norm()) for e in expected if e is not None)
     for ours, theirs in zip((initial, *parameters), expected, strict=True):
         ours, theirs = (torch.zeros(()) if g is None else g for g in (ours, theirs))
         assert (ours - theirs).norm() <= 1e-12 * max(float(theirs.norm()), 0.01 * scale)
 
 
-@given(problems, keeps, st.integers(0, 2**31))
-def test_it_conserves_the_product_of_adjoint_and_variation(problem, keep, seed) -> None:
+@given(problems, policies, st.integers(0, 2**31))
+def test_it_conserves_the_product_of_adjoint_and_variation(problem, policy, seed) -> None:
     random = torch.Generator().manual_seed(seed)
     delta, adjoint = (torch.randn(SIZE, dtype=torch.float64, generator=random) for _ in range(2))
     outputs, delta_at_outputs = torch.autograd.functional.jvp(problem.solve, problem.x0, delta)
     cotangent = torch.zeros_like(outputs)
     cotangent[-1] = adjoint
-    initial, _ = problem.sweep(cotangent, keep)
+    initial, _ = problem.sweep(cotangent, policy)
     scale = adjoint.norm() * delta_at_outputs[-1].norm() + initial.norm() * delta.norm()
     assert abs(initial @ delta - adjoint @ delta_at_outputs[-1]) <= 1e-13 * scale
 
@@ -149,7 +129,7 @@ def test_a_stage_that_no_other_uses_leaves_nothing_undefined() -> None:
     cotangent = torch.ones(len(problem.places) + 1, SIZE, dtype=torch.float64)
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     try:
-        initial, parameters = problem.sweep(cotangent, ["state"] * 3)
+        initial, parameters = problem.sweep(cotangent, "steps")
     finally:
         torch.use_deterministic_algorithms(False)
     assert initial.isfinite().all()

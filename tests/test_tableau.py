@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from symplectic_plugin import ButcherTableau, partner_tableau, read_tableau
 from symplectic_plugin.hosts.torchdiffeq.methods import is_one_step, read_method, solvers
-from symplectic_plugin.hosts.torchdiffeq.recording import recording
+from symplectic_plugin.hosts.torchdiffeq.recorded_solver import recorded_solver
 from symplectic_plugin.methods.implicit_tableaux import METHODS
 
 from .rooted_trees import density, elementary_weight, trees
@@ -26,7 +26,7 @@ def _own_solvers() -> list[str]:
 def _tableau(name: str) -> ButcherTableau:
     """Read the tableau of a torchdiffeq method."""
     options = {"rtol": 1e-3, "atol": 1e-3, "norm": torch.linalg.vector_norm}
-    solver = recording(solvers()[name])(func=None, y0=torch.zeros(2, dtype=torch.float64), **options)
+    solver = recorded_solver(solvers()[name])(func=None, y0=torch.zeros(2, dtype=torch.float64), **options)
     return read_method(solver)[0]
 
 

@@ -190,7 +190,7 @@ class ExplicitStepBack:
         else:
             stage = weighted_sum(start, tableau.numbers[0][i], stages.slopes, evaluations.step.h)
         if (draw := stages.draws[i]) is not None:
-            field.generators.set(draw)
+            field.generators.draw_again_from(draw)
         field.report.recomputed += 1
         return field.differentiable(
             evaluations.times[i], stage, evaluations.keywords[i], self._outputs.want_times, self._sums.stand_ins

@@ -245,9 +245,8 @@ class _Gradient(torch.autograd.Function):
             if first_slope is None and record.trajectory.checkpoints[0].step.slope_handed_on:
                 at_start = slope_at_start(record.trajectory, field, sums.stand_ins, initial, solve_times)
                 first_slope = at_start.detach().requires_grad_()
-            with field.generators.kept():
-                start = initial.to(record.dtype)
-                replayed = replay(record.trajectory, field, sums.stand_ins, start, solve_times, first_slope)
+            start = initial.to(record.dtype)
+            replayed = replay(record.trajectory, field, sums.stand_ins, start, solve_times, first_slope)
             if reached is not None:
                 off = torch.linalg.vector_norm(replayed.end.detach() - reached)
                 field.require_same(off / torch.linalg.vector_norm(reached))

@@ -112,9 +112,7 @@ class ImplicitStepBack:
             check_derivative(fields.stages[-1], this.stages[-1])
         of_f = Adjoint(self._sums, times is not None)
         fields = solve.fields(self._field, this.times, this.keywords, self._recomputed, of_f)
-        back = self._transposed.take(
-            fields, this.stages, h, outside, first_slope_given=this.step.slope_handed_on
-        )
+        back = self._transposed.take(fields, this.stages, h, outside, first_slope_given=this.step.slope_handed_on)
         if times is not None:
             self._add_times(times, this, rates, back)
         if were_kept:

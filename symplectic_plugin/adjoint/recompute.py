@@ -55,7 +55,7 @@ class StepEvaluations:
         def slope_at(i: int, stage: Tensor) -> Tensor | None:
             self._set_generators(i)
             if draws_in_step:
-                draws[i] = field.generators.states()
+                draws[i] = field.generators.place
             if not (tableau.later[i] or (draws_in_step and i < tableau.stages - 1)):
                 return None
             field.report.recomputed += 1
@@ -100,7 +100,7 @@ class StepEvaluations:
 
     def _set_generators(self, i: int) -> None:
         if (before := self.step.draws_before(i)) is not None:
-            self.field.generators.set(before)
+            self.field.generators.draw_again_from(before)
 
 
 def advance(
@@ -122,8 +122,8 @@ def advance(
         state, slope = state.detach(), None if slope is None else slope.detach()
         if method.hands_on_slope and (slope is None or not step.slope_handed_on):
             if (before := step.draws_before(0)) is not None:
-                field.generators.set(before)
+                field.generators.draw_again_from(before)
             slope = evaluate(method.stage_times([step])[0][0], state, **step.first_keywords)
         if step.draws is not None:
-            field.generators.set(step.draws)
+            field.generators.draw_again_from(step.draws)
         return method.take_step(evaluate, step, state, slope)

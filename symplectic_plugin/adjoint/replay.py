@@ -102,7 +102,7 @@ def _slope_at(
 
     def slope_at(i: int, stage: Tensor) -> Tensor:
         if (before := step.draws_before(i)) is not None:
-            field.generators.set(before)
+            field.generators.draw_again_from(before)
         t = times[i] + (moves[0] + c[i] * moves[1]).to(times[i].dtype).reshape(times[i].shape)
         return field.evaluate(t, stage, keywords[i], stand_ins)
 

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .contents import class_code, code_name, contents_of, slots_of
+from .contents import class_code, code_name, contents_of, is_hollow, slots_of
 
 Changes = Mapping[int, Mapping[Any, Any]]
 """New contents, by the identity of the container, then by key: a name, an index, or None for a closure's cell."""
@@ -66,7 +66,7 @@ class PathCopy:
                     parents.setdefault(id(container), []).append(id(item))
                 for part in {**contents, **self._changes.get(id(container), {})}.values():
                     parents.setdefault(id(part), []).append(id(container))
-                    if id(part) not in seen:
+                    if id(part) not in seen and not is_hollow(part):
                         seen.add(id(part))
                         queue.append(part)
         affected, stack = set[int](), list(self._changes)
@@ -116,8 +116,9 @@ class PathCopy:
             function.__code__, variables, function.__name__, self(function.__defaults__), tuple(cells) or None
         )
         known[id(function)] = result
-        functools.update_wrapper(result, function, updated=())
-        del result.__wrapped__
+        result.__module__, result.__qualname__, result.__doc__ = (
+            function.__module__, function.__qualname__, function.__doc__,
+        )  # fmt: skip
         result.__dict__.update(self._contents(function.__dict__, function.__dict__))
         result.__kwdefaults__ = self(function.__kwdefaults__)
         if variables is not function.__globals__:
@@ -129,7 +130,7 @@ class PathCopy:
         if id(cell) not in self._memo:
             copied = self._memo[id(cell)] = types.CellType()
             now = self._changes.get(id(cell), {})
-            copied.cell_contents = self(now[None] if None in now else cell.cell_contents)
+            copied.cell_contents = self(now.get(None, cell.cell_contents))
         return self._memo[id(cell)]
 
     def _copy_object(self, item: Any) -> None:

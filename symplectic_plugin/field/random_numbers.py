@@ -37,11 +37,17 @@ class Generators:
 
     Args:
         device: the state's.
+
+    Attributes:
+        first_noted: where the generators were before the first evaluation since `begin_noting`.
+        last_noted: where they were before the latest one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type in ("cuda", "xpu") else None
         self._place: GeneratorStates | None = None
+        self.first_noted: GeneratorStates | None = None
+        self.last_noted: GeneratorStates | None = None
 
     def states(self) -> GeneratorStates:
         """Return where the generators are in their sequences."""
@@ -62,6 +68,22 @@ class Generators:
             yield
         finally:
             self._set(states)
+
+    def begin_noting(self) -> None:
+        """Forget what was noted first."""
+        self.first_noted = None
+
+    def note(self, states: GeneratorStates) -> None:
+        """Note where the generators were before an evaluation."""
+        self.last_noted = states
+        self.first_noted = self.first_noted or states
+
+    @contextlib.contextmanager
+    def drawing_noted(self) -> Iterator[None]:
+        """Note where the generators are, and draw from there."""
+        with drawing_alone():
+            self.note(self.states())
+            yield
 
     @property
     def place(self) -> GeneratorStates | None:

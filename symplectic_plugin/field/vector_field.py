@@ -30,6 +30,7 @@ from .random_numbers import Generators
 from .report import SolveReport
 
 _NOTHING_HELD = Held(None)
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class VectorField:
@@ -75,6 +76,8 @@ class VectorField:
         self.draws = False
         self.rounding = 0.0
         self.generators = Generators(device)
+        self.parts: tuple[Callable[..., Tensor], ...] = ()
+        self._draws_again = False
         self.stand_ins = StandIns()
         self._accumulators: set[Any] | None = None
         self._lasting: set[int] = set()
@@ -105,7 +108,7 @@ class VectorField:
                 f"symplectic_adjoint: a state of {x.dtype} has no gradient: give the initial state in a floating-point "
                 "or complex dtype"
             )
-        self._held = held = Held(self.function)
+        self._held = held = Held((self.function, *self.parts))
         edges = {edge_of(tensor): tensor for tensor in held.tensors if not tensor.is_leaf}
         stops = self._edges | edges.keys()
         before = self.generators.states()
@@ -155,6 +158,10 @@ class VectorField:
     def used(self) -> list[Tensor]:
         """The dependencies that f has been seen to use."""
         return self.dependencies[: len(self.dependencies) - self.spare]
+
+    def set_parts(self, parts: Sequence[Callable[..., Tensor]]) -> None:
+        """Set the parts that f consists of, as functions of their own, for an additive method."""
+        self.parts = tuple(parts)
 
     def part(self, function: Callable[..., Tensor]) -> VectorField:
         """A part of f as another function, which depends on nothing that f does not depend on."""
@@ -228,8 +235,8 @@ class VectorField:
                 (self.left_out if self._only else self.dependencies).append(tensor)
 
     def __call__(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
-        """The slope f(t, x), without a graph."""
-        with torch.no_grad(), self.autocast.again():
+        """Evaluate f(t, x) without a graph."""
+        with torch.no_grad(), self.autocast.again(), self._drawing():
             return self._checked(self.function(t.detach(), x.detach(), **keywords), x).detach()
 
     def differentiable(
@@ -270,7 +277,7 @@ class VectorField:
 
     def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, stand_ins: StandIns) -> Tensor:
         """The slope f(t, x), where grad is enabled, with its graph back to t, x and the dependencies or stand-ins."""
-        with self.autocast.again(), stand_ins.substitution():
+        with self.autocast.again(), stand_ins.substitution(), self._drawing():
             return self._checked(self.function(t, x, **keywords), x)
 
     def _checked(self, slope: Any, x: Tensor) -> Tensor:
@@ -323,6 +330,7 @@ class VectorField:
                 raise RuntimeError(_lost("that it neither held nor used at the first point when the solve began"))
         inputs = (*leaves, *sums.inputs)
         grads = run_backward((slope,), (in_type_of(slope, cotangent),), inputs, keep_graph=keep_graph)
+        grads = tuple(None if grad is None or grad._is_zerotensor() else grad for grad in grads)
         sums.add(grads[len(leaves) :])
         tau = grads[1] if want_time else None
         # torchdiffeq's adaptive methods make complex times for complex states.
@@ -356,9 +364,26 @@ class VectorField:
             found.leaves = [leaf for leaf in found.leaves if id(leaf) not in own and id(leaf) not in self._leaves]
         return {*referenced(found.leaves), *found.older}
 
-    def restored(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which f holds what it held on the way forward."""
-        return self._held.restored()
+    def as_recorded(self) -> VectorField:
+        """Return the vector field for a backward pass: with f as it was, and draws made again.
+
+        Raises:
+            RuntimeError: if f holds something else now, and can't be copied to have it as it was.
+        """
+        roots = (self.function, *self.parts)
+        then = self._held.as_recorded(roots)
+        if then is roots and not self.draws:
+            return self
+        again = copy.copy(self)
+        again.function, again.parts = then[0], then[1:]
+        again._draws_again = self.draws
+        return again
+
+    def _drawing(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of an evaluation in which f may draw random numbers."""
+        if not self.draws:
+            return _NOTHING
+        return self.generators.drawing_again() if self._draws_again else self.generators.drawing_noted()
 
 
 def _no_gradient(*_: Any) -> tuple[None]:

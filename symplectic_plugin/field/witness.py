@@ -87,12 +87,11 @@ class Witness:
         Raises:
             RuntimeError: if a tensor that f depends on is not what it was.
         """
-        field = self.field
+        field = self.field.as_recorded()
         now = field.stand_ins_now()
         stand_ins = field.stand_ins if now.stand_for_the_same(field.stand_ins) else now
         sums = CotangentSums(field.dependencies, needed, stand_ins)
-        draws = field.generators.kept() if field.draws else contextlib.nullcontext()
-        with without_autocast(device), draws, field.restored():
+        with without_autocast(device):
             self._addresses.require_same()
             yield field, sums
         used = sums.used()[len(self.saved) :]

@@ -34,14 +34,12 @@ class ImplicitSolve:
         options: of Newton's method.
         layout: how the host's states are laid out.
         weights: the error that the tolerances allow in each component in a step from a state, shape (B, n).
-        parts: the stiff and the nonstiff part of the vector field, as functions of their own, for an additive method.
     """
 
     method: ImplicitMethod
     options: NewtonOptions
     layout: Layout
     weights: Callable[[Tensor], Tensor]
-    parts: Sequence[Callable[..., Tensor]] | None = None
 
     def fields(
         self,
@@ -60,7 +58,7 @@ class ImplicitSolve:
             evaluated: called for each evaluation.
             adjoint: what a step back needs of f besides.
         """
-        functions = [field] if self.parts is None else [field.part(part) for part in self.parts]
+        functions = [field.part(part) for part in field.parts] or [field]
         stages, *others = [
             [
                 self._stage_field(function, times[i], keywords[i], evaluated, adjoint, (p, i))
@@ -75,7 +73,7 @@ class ImplicitSolve:
     ) -> TakenStep:
         """Take a step of size h from a host's state, with the slope there if it is known."""
         layout = self.layout
-        slope = None if first_slope is None or self.parts is not None else layout.flat(first_slope)
+        slope = None if first_slope is None or self.method.nonstiff is not None else layout.flat(first_slope)
         with torch.no_grad():
             return steps.take(fields, layout.flat(state), h, self.weights(state), slope)
 
@@ -95,7 +93,7 @@ class ImplicitSolve:
         n, unknowns = layout.size, together * layout.size
         state = layout.batch * n * itemsize
         # Stages, their slopes and the cotangents of both; and what they are made from.
-        working = (10 if self.parts is None else 14) * s * state
+        working = (10 if self.method.nonstiff is None else 14) * s * state
         if self.options.dense(unknowns):
             # A Jacobian and factors that are kept, and others in the making, with the matrix and its norm.
             matrices = layout.batch * (7 * unknowns**2 + 2 * together * n**2) * itemsize

@@ -69,9 +69,8 @@ class Recorder:
         is_live: whether the solve's graph is live: autograd's own, from the initial state on.
         step_is_live: whether the host's arithmetic makes the step that has begun a part of the live graph.
         first: the first evaluation, if it was made outside of a step and gives the first step's first slope.
-        draws: states of the random number generators before this step's first evaluation, if f draws.
-        last_draw, first_draw: those before the latest evaluation, and before the one outside of a step that gave the
-            step's first slope.
+        first_draw: states of the random number generators before the evaluation outside of a step that gave the step's
+            first slope, if f draws.
     """
 
     def __init__(self, field: VectorField, store: CheckpointStore, method: Method, plan: Plan) -> None:
@@ -83,8 +82,6 @@ class Recorder:
         self.is_live = plan.may_be_live and not plan.want_time and store.may_be_live
         self.step_is_live = False
         self.first: Evaluation | None = None
-        self.draws: GeneratorStates | None = None
-        self.last_draw: GeneratorStates | None = None
         self.first_draw: GeneratorStates | None = None
         self._stages: list[Tensor] = []
         self._nodes: list[int] = []
@@ -107,7 +104,7 @@ class Recorder:
         Returns:
             The slope, without a graph.
         """
-        self._count()
+        self.field.report.evaluations += 1
         if not self.is_discovered:
             return self._discover(t, x, keywords).detach()
         if self._remaining == 0:
@@ -129,7 +126,7 @@ class Recorder:
         Returns:
             The slope; with its history, if the step is live.
         """
-        self._count()
+        self.field.report.evaluations += 1
         if not self.is_discovered:
             return self._discover(t, stage, keywords)
         self._remaining -= 1
@@ -140,13 +137,6 @@ class Recorder:
     def count(self) -> None:
         """Count an evaluation of f that belongs to no stage: solving for stages makes any number of them."""
         self.field.report.evaluations += 1
-
-    def _count(self) -> None:
-        field = self.field
-        field.report.evaluations += 1
-        if field.draws:
-            self.last_draw = field.generators.states()
-            self.draws = self.draws or self.last_draw
 
     def _evaluate_stage(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         self._stages.append(x)
@@ -183,7 +173,8 @@ class Recorder:
         evaluation = field.discover(t, x, keywords, plan.want_time, with_history=self.is_live)
         self.is_discovered = True
         if field.draws:
-            self.first_draw = self.last_draw = self.draws = before
+            field.generators.note(before)
+            self.first_draw = before
         store.measure(field, evaluation, plan.demand(evaluation))
         self.is_live = self.is_live and self._may_stay_live(evaluation)
         # The first evaluation was made without stand-ins.
@@ -225,7 +216,8 @@ class Recorder:
             h: step size.
             follows: whether the state is where the step before ended, and the slope the last one of that.
         """
-        self._stages, self._nodes, self._graphs, self._live, self.draws = [], [], None, None, None
+        self._stages, self._nodes, self._graphs, self._live = [], [], None, None
+        self.field.generators.begin_noting()
         self._begun = start, first_slope, h
         self._remaining = self.trajectory.method.evaluations
         if self._last_live is not None and self._last_live[0]() is start:  # the host has rejected the last step
@@ -308,6 +300,11 @@ class Recorder:
         return moved.detach(), slopes[0].detach()
 
     @property
+    def draws(self) -> GeneratorStates | None:
+        """States of the random number generators before this step's first evaluation, if f draws."""
+        return self.field.generators.first_noted if self.field.draws else None
+
+    @property
     def _given(self) -> int:
         """Number of slopes of the step that has begun which are not evaluated in it."""
         return 0 if self._begun is None or self._begun[1] is None else 1
@@ -362,7 +359,7 @@ class Recorder:
         elif store.keeps_stages and checkpoint.step.draws is None:  # else they are evaluated again, in the same order
             checkpoint.put_stages(self._stages[1 - self._given :] if stages is None else stages)
         self._stages, self._graphs, self._live, self._begun, self.first = [], None, None, None, None
-        self._remaining, self.first_draw = 0, self.last_draw
+        self._remaining, self.first_draw = 0, self.field.generators.last_noted
         store.add(checkpoint, state, slope)
 
     def end_live_step(self) -> int:

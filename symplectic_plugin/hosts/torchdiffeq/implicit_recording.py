@@ -38,7 +38,9 @@ class _ImplicitRecording:
 
     def parts_of(self, func: RecordedFunction) -> Any:
         """Return the two parts of an additive method's vector field, as functions in torchdiffeq's wrappers."""
-        return super().parts_of(func.func)  # type: ignore[misc]
+        parts = super().parts_of(func.func)  # type: ignore[misc]
+        func.field.set_parts(parts)
+        return parts
 
     def implicit_solve(self) -> ImplicitSolve:
         """Return how the stages are solved for.
@@ -46,11 +48,11 @@ class _ImplicitRecording:
         Raises:
             ValueError: if not to rounding.
         """
-        return ImplicitSolve(self.method, require_exact(self.steps.options), self.layout, self.weights, self.parts)
+        return ImplicitSolve(self.method, require_exact(self.steps.options), self.layout, self.weights)
 
     def fields(self, times: Sequence[Tensor], keywords: Sequence[dict[str, Any]]) -> StepFields:
         """Return f at the stages of a step, as the vector field that dependencies and counts belong to."""
-        solve = ImplicitSolve(self.method, self.steps.options, self.layout, self.weights, self.parts)
+        solve = ImplicitSolve(self.method, self.steps.options, self.layout, self.weights)
         return solve.fields(self.func.field, times, keywords, self._evaluated)
 
     def _evaluated(self) -> None:

@@ -91,7 +91,9 @@ def _solve(given: dict[str, Any], symplectic_adjoint: Any, method: Any) -> Any:
         return _with_zeros(solution, [x for x in silent if id(x) not in solver.reached])
     event_t, solution = solver.integrate_until_event(t[0], given["event_fn"])
     y0 = [given["y0"]] if given["y0"].requires_grad else []
-    return _with_zeros(event_t, [*y0, *silent]), _with_zeros(solution, [x for x in silent if id(x) not in solver.reached])
+    return _with_zeros(event_t, [*y0, *silent]), _with_zeros(
+        solution, [x for x in silent if id(x) not in solver.reached]
+    )
 
 
 def _with_zeros(value: Tensor, inputs: list[Tensor]) -> Tensor:
