@@ -67,7 +67,7 @@ def test_a_solution(solver, what, way, gradient) -> None:
 
 
 def step(name: str) -> list[Tensor]:
-    """Return the tensors that a step of torchdyn's gives, but for the error estimate, which has no graph with the flag."""
+    """Return the tensors that a step of torchdyn's gives, but the error estimate, which has no graph with the flag."""
     solver, x = SOLVER_DICT[name](dtype=torch.float64), Y0.clone()
     x = torch.cat([x, x], -1) if name.endswith("alf") else x
     x, t, dt = x.requires_grad_(), torch.zeros((), dtype=torch.float64), torch.full((), 0.1, dtype=torch.float64)

@@ -117,13 +117,11 @@ def advance(
     Returns:
         The state at the step's end, and the slope there if it is handed on.
     """
-    step, method, evaluate = checkpoint.step, checkpoint.method, Reevaluation(field)
+    step, method = checkpoint.step, checkpoint.method
     with torch.no_grad():
         state, slope = state.detach(), None if slope is None else slope.detach()
         if method.hands_on_slope and (slope is None or not step.slope_handed_on):
             if (before := step.draws_before(0)) is not None:
                 field.generators.draw_again_from(before)
-            slope = evaluate(method.stage_times([step])[0][0], state, **step.first_keywords)
-        if step.draws is not None:
-            field.generators.draw_again_from(step.draws)
-        return method.take_step(evaluate, step, state, slope)
+            slope = Reevaluation(field)(method.stage_times([step])[0][0], state, **step.first_keywords)
+        return method.take_step(Reevaluation(field, step.draws), step, state, slope)

@@ -39,14 +39,14 @@ class Generators:
         device: the state's.
 
     Attributes:
-        first_noted: where the generators were before the first evaluation since `begin_noting`.
-        last_noted: where they were before the latest one.
+        last_noted: where the generators were before the latest evaluation.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type in ("cuda", "xpu") else None
         self._place: GeneratorStates | None = None
-        self.first_noted: GeneratorStates | None = None
+        self._noted: list[GeneratorStates | None] = []
+        self._left: GeneratorStates | None = None
         self.last_noted: GeneratorStates | None = None
 
     def states(self) -> GeneratorStates:
@@ -58,7 +58,7 @@ class Generators:
 
     def are_at(self, states: GeneratorStates) -> bool:
         """Return whether nothing was drawn since the generators were at these states."""
-        return all(torch.equal(now, then) for now, then in zip(self.states(), states, strict=True))
+        return _are_equal(self.states(), states)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -70,13 +70,22 @@ class Generators:
             self._set(states)
 
     def begin_noting(self) -> None:
-        """Forget what was noted first."""
-        self.first_noted = None
+        """Begin to note where the generators are before each evaluation."""
+        self._noted = []
 
     def note(self, states: GeneratorStates) -> None:
         """Note where the generators were before an evaluation."""
+        goes_on = bool(self._noted) and self._left is not None and _are_equal(states, self._left)
+        self._noted.append(None if goes_on else states)
         self.last_noted = states
-        self.first_noted = self.first_noted or states
+
+    @property
+    def noted(self) -> tuple[GeneratorStates | None, ...]:
+        """Where the generators were before each evaluation since `begin_noting`; None where the one before left them.
+
+        They are elsewhere after the first evaluation if another thread draws too.
+        """
+        return tuple(self._noted)
 
     @contextlib.contextmanager
     def drawing_noted(self) -> Iterator[None]:
@@ -84,6 +93,7 @@ class Generators:
         with drawing_alone():
             self.note(self.states())
             yield
+            self._left = self.states()
 
     @property
     def place(self) -> GeneratorStates | None:
@@ -107,3 +117,7 @@ class Generators:
         torch.set_rng_state(states[0])
         if self._device is not None:
             torch.get_device_module(self._device.type).set_rng_state(states[1], self._device)
+
+
+def _are_equal(states: GeneratorStates, others: GeneratorStates) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(states, others, strict=True))

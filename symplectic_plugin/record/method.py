@@ -28,7 +28,8 @@ class Step:
         first_keywords: keyword arguments with which the host evaluated f for the first slope, wherever it did.
         first_draw: states of the random number generators before that evaluation, if it lay outside the step and f
             draws.
-        draws: states of the random number generators before the step's first evaluation, if f draws.
+        draws: states of the random number generators before each evaluation in the step, if f draws; None where the
+            evaluation before left them.
     """
 
     t0: float
@@ -37,19 +38,21 @@ class Step:
     slope_handed_on: bool = False
     first_keywords: Mapping[str, Any] = field(default_factory=dict)
     first_draw: GeneratorStates | None = None
-    draws: GeneratorStates | None = None
+    draws: Sequence[GeneratorStates | None] | None = None
 
     @property
     def draws_bytes(self) -> int:
         """Bytes of the generators' states."""
-        return sum(state.numel() for states in (self.first_draw, self.draws) if states is not None for state in states)
+        noted = (self.first_draw, *(self.draws or ()))
+        return sum(state.numel() for states in noted if states is not None for state in states)
 
     def draws_before(self, stage: int) -> GeneratorStates | None:
         """Return the states that the generators need before a stage is evaluated again, None to leave them alone."""
         first_is_outside = self.first_draw is not None or self.slope_handed_on
-        if stage == 0:
-            return self.first_draw if first_is_outside else self.draws
-        return self.draws if stage == 1 and first_is_outside else None
+        if stage == 0 and first_is_outside:
+            return self.first_draw
+        place = stage - 1 if first_is_outside else stage
+        return self.draws[place] if self.draws is not None and place < len(self.draws) else None
 
 
 class DenseOutput(ABC):
@@ -113,13 +116,17 @@ class Reevaluation:
 
     Args:
         field: the vector field.
+        draws: states of the random number generators before each evaluation, None to go on from the one before.
     """
 
-    def __init__(self, field: VectorField) -> None:
+    def __init__(self, field: VectorField, draws: Sequence[GeneratorStates | None] | None = None) -> None:
         self.field = field
+        self._draws = iter(draws or ())
 
     def __call__(self, t: Tensor, x: Tensor, **keywords: Any) -> Tensor:
         self.count()
+        if (states := next(self._draws, None)) is not None:
+            self.field.generators.draw_again_from(states)
         return self.field(t, x, keywords)
 
     def count(self) -> None:

@@ -300,9 +300,9 @@ class Recorder:
         return moved.detach(), slopes[0].detach()
 
     @property
-    def draws(self) -> GeneratorStates | None:
-        """States of the random number generators before this step's first evaluation, if f draws."""
-        return self.field.generators.first_noted if self.field.draws else None
+    def draws(self) -> Sequence[GeneratorStates | None] | None:
+        """States of the random number generators before each evaluation in this step, if f draws; see `Step`."""
+        return self.field.generators.noted if self.field.draws else None
 
     @property
     def _given(self) -> int:
