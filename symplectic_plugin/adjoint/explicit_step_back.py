@@ -104,6 +104,9 @@ class ExplicitStepBack:
                 break
             if of_slope is not None or (times is not None and times.needs_slope(i)):
                 evaluation = self._evaluation(stages, tableau, start, i)
+                if self._field.draws and (known := stages.slopes[i]) is not None:
+                    # Another thread may have drawn in between.
+                    self._note(evaluation.slope.detach() - known, known)
                 stages.slopes[i] = evaluation.slope.detach()
                 if times is not None:
                     times.add_slope(i, evaluation.slope.detach(), over_h)
@@ -234,9 +237,13 @@ class ExplicitStepBack:
         end = start + moved
         if end.device.type == "cpu" and torch.equal(end, expected):  # elsewhere the result would have to be waited for
             return
-        norm = torch.linalg.vector_norm
         # Relative to the summands, of which little may be left in the sum.
-        self.deviation = torch.fmax(self.deviation, norm(end - expected) / (norm(start) + norm(expected) + norm(moved)))
+        self._note(end - expected, start, expected, moved)
+
+    def _note(self, off: Tensor, *summands: Tensor) -> None:
+        """Note how far something is off, relative to its summands."""
+        norm = torch.linalg.vector_norm
+        self.deviation = torch.fmax(self.deviation, norm(off) / torch.stack([norm(x) for x in summands]).sum())
 
 
 def _sum(terms: Iterable[Tensor | None]) -> Tensor | None:

@@ -228,11 +228,14 @@ class Recorder:
         taken = len(self.trajectory.checkpoints)
         # The number of steps was taken into account when the solve began, if it is known.
         fits = self.plan.steps is not None and not self.plan.live_by_host
+        last, by_host = self._last_live_step(), self.plan.live_by_host
+        if self.is_live and taken and last is None and not by_host:
+            self.is_live = False  # the budget has turned the graph into states
         if self.is_live and not (fits or self._has_room_for_live_step(taken)):
             self.is_live = False  # the graph so far stays, as long as there is room
-            if (last := self._last_live_step()) is not None:
+            if last is not None:
                 last.end_at(start)
-        if taken and not follows and self._last_live_step() is not None:
+        if taken and not follows and last is not None:
             self.leave_live_graph()
         self._open_step()
 

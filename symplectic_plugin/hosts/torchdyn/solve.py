@@ -241,7 +241,10 @@ class Integral:
 
 
 class _AddIntegral(torch.autograd.Function):
-    """The state without the integral, whose cotangent is one: the integral is added to whatever is differentiated."""
+    """The state without the integral, whose cotangent is one: the integral is added to whatever is differentiated.
+
+    So also to a gradient that is differentiated again and depends on the solution: that is refused.
+    """
 
     @staticmethod
     def forward(ctx: Any, end: Tensor, shape: torch.Size) -> Tensor:
@@ -249,7 +252,17 @@ class _AddIntegral(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return torch.cat([gradient.reshape(-1), gradient.new_ones(1)]), None
+        padded = torch.cat([gradient.reshape(-1), gradient.new_ones(1)])
+        if padded.requires_grad:
+            padded.register_hook(_refuse_second_derivative)
+        return padded, None
+
+
+def _refuse_second_derivative(_: Tensor) -> None:
+    raise RuntimeError(
+        f"{NAME}: a gradient was differentiated again (create_graph=True), which it can't be with an integral_loss: "
+        "make the integral a part of the state for that"
+    )
 
 
 class StepFunction:
