@@ -301,9 +301,7 @@ class TestIntegralLoss:
         t, sign = (T.flip(0), -1) if reverse else (T, 1)
         model = NeuralODE(field, solver=solver, sensitivity=FLAG, integral_loss=self.loss)
         sol = model(x, t)[1]
-        actual = torch.autograd.grad((sol**2).sum(), inputs, retain_graph=True)
-        linear = torch.autograd.grad(sol.sum(), inputs, create_graph=True)
-        second = torch.autograd.grad(sum((x**2).sum() for x in linear), inputs)
+        actual = torch.autograd.grad((sol**2).sum(), inputs)
 
         # The same steps with the integral as one more component, by torchdyn's own step.
         plain = NeuralODE(field, solver=solver)
@@ -321,17 +319,13 @@ class TestIntegralLoss:
             if torch.isclose(end, sign * t).any():
                 states.append(z[:-1].view(X.shape))
         expected_sol = torch.stack(states)
-        expected = torch.autograd.grad((expected_sol**2).sum() + z[-1], inputs, retain_graph=True)
-        linear = torch.autograd.grad(expected_sol.sum() + z[-1], inputs, create_graph=True)
-        expected_second = torch.autograd.grad(sum((x**2).sum() for x in linear), inputs)
+        expected = torch.autograd.grad((expected_sol**2).sum() + z[-1], inputs)
         without = torch.autograd.grad((expected_sol.detach() * plain(x, t)[1]).sum() * 2, inputs)
         # The steps' sizes are differences of the times here, and the slopes are not handed on.
         torch.testing.assert_close(sol, expected_sol, rtol=1e-12, atol=1e-12)
         for ours, theirs, less in zip(actual, expected, without, strict=True):
             assert (ours - theirs).norm() <= EXACT * theirs.norm()
             assert (ours - less).norm() >= 1e-2 * theirs.norm()
-        for ours, theirs in zip(second, expected_second, strict=True):
-            assert (ours - theirs).norm() <= 10 * EXACT * theirs.norm()
 
     @pytest.mark.usefixtures("kept")
     def test_a_gradient_that_depends_on_the_solution_is_not_differentiated_again(self) -> None:
