@@ -97,7 +97,7 @@ def _slope_at(
     trajectory: Trajectory, field: VectorField, stand_ins: StandIns, step: Step, moves: tuple[Tensor, Tensor]
 ) -> Callable[[int, Tensor], Tensor]:
     """Return f at the stages of a step, whose start and size have the derivatives of `moves`."""
-    c = trajectory.method.dense.times(trajectory.method.tableau.c).tolist()
+    c = [*trajectory.method.tableau.c.tolist(), *trajectory.method.dense.added_times]
     times, keywords = trajectory.method.stage_times([step])[0], trajectory.method.stage_keywords(step)
 
     def slope_at(i: int, stage: Tensor) -> Tensor:

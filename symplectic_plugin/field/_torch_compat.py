@@ -12,6 +12,15 @@ sequence_number = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 """Number of the next autograd node that this thread makes. Reading the number touches no node: a node that Python has
 seen is freed recursively with those behind it, which overflows the stack in long solves (2.5 to 2.14)."""
 
+
+def _any_autocast_enabled() -> bool:
+    kinds = ("cpu", "cuda", "xpu", "mps")
+    return any(torch.is_autocast_enabled(kind) for kind in kinds if torch.amp.is_autocast_available(kind))
+
+
+any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast_enabled)
+"""Whether autocast is on for any kind of device (2.6 to 2.14; 2.5 has no such function)."""
+
 AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 """Type of the autograd nodes at which graphs end in leaves (2.5 to 2.14)."""
 

@@ -1,4 +1,4 @@
-"""The autocast state that a vector field is evaluated in, and the sweep's own arithmetic without it."""
+"""The autocast state that a vector field is evaluated in, and the package's own arithmetic without autocast."""
 
 from __future__ import annotations
 
@@ -8,44 +8,38 @@ from typing import Any
 
 import torch
 
+from ._torch_compat import any_autocast_enabled
+
 
 class Autocast:
-    """The autocast state of now, for later.
+    """The autocast state at the time of construction, to be entered again.
 
     Args:
         device: the state's.
+
+    Attributes:
+        is_on: whether autocast was on for any kind of device.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._states = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in {"cpu", device.type}
-            if torch.amp.is_autocast_available(kind)
-        ]
-
-    def again(self) -> contextlib.AbstractContextManager[None]:
-        """It once more, without its cache, which may hold casts that have no graph."""
-        for kind, enabled, _ in self._states:
-            if enabled or torch.is_autocast_enabled(kind):
-                return self._again()
-        return _NOTHING
+        self.is_on: bool = any_autocast_enabled()
+        self._kinds = [kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind)]
+        self._dtypes = {kind: torch.get_autocast_dtype(kind) for kind in self._kinds if torch.is_autocast_enabled(kind)}
 
     @contextlib.contextmanager
-    def _again(self) -> Iterator[None]:
+    def again(self) -> Iterator[None]:
+        """Enter the recorded state with its weight cache off: casts cached under no_grad have no graph."""
         with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self._states:
-                if enabled:
+            for kind in self._kinds:
+                if (dtype := self._dtypes.get(kind)) is not None:
                     stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
                 elif torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
 
-_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context for the sweep's own arithmetic, which must not be done in half precision."""
+    """Return a context for the package's own arithmetic, which must not be done in half precision."""
     return (
         torch.autocast(device.type, enabled=False)
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

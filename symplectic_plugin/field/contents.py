@@ -7,8 +7,8 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,28 +24,26 @@ _LIBRARIES = ("torch", "torchdiffeq", "torchdyn", "symplectic_plugin")
 PLAIN = frozenset((bool, int, float, complex, str))
 """Types of values without parts."""
 
-_HOLLOW = frozenset((*PLAIN, bytes, type(None), type, types.ModuleType))
+HOLLOW = frozenset((*PLAIN, bytes, type(None), type, types.ModuleType))
+"""Types of objects in which there is nothing to be looked for: most of what a module is made of."""
+
+CONTAINERS = frozenset((dict, list, tuple, set, frozenset, collections.OrderedDict))
+"""Types of containers: if empty, there is nothing in them to be looked for either."""
+
+# Tuples rather than unions, which would be made anew in each call.
+_COLLECTIONS = (dict, list, tuple, set, frozenset)
 _WITHOUT_PARTS = (torch.Tensor, str, bytes, int, float, complex, type, types.ModuleType)
-_CONTAINERS = frozenset((dict, list, tuple, set, frozenset, collections.OrderedDict))
 
 Contents = tuple[Any, Mapping[Any, Any]]
 """A container (a dictionary, a list, a closure's cell, or an object that can't be changed), and its contents by key."""
 
 
-def is_hollow(item: object) -> bool:
-    """Return whether there is nothing in an object to be looked for: so in most of what a module is made of."""
-    kind = type(item)
-    return kind in _HOLLOW or (kind in _CONTAINERS and not item)
-
-
 def contents_of(item: Any) -> list[Contents]:
     """Return the containers that an object is made of, each with what it holds."""
     kind = type(item)
-    if kind in _HOLLOW or isinstance(
-        item, torch.Tensor | str | bytes | int | float | complex | type | types.ModuleType
-    ):
+    if kind in HOLLOW or isinstance(item, _WITHOUT_PARTS):
         return []
-    if isinstance(item, dict | list | tuple | set | frozenset):
+    if isinstance(item, _COLLECTIONS):
         if len(item) > _MOST_ENTRIES:
             return []
         return [(item, dict(item) if isinstance(item, dict) else dict(enumerate(item)))]
@@ -55,18 +53,60 @@ def contents_of(item: Any) -> list[Contents]:
         return [(item, {"self": item.__self__, "func": item.__func__})]
     if isinstance(item, types.FunctionType):
         return _contents_of_function(item)
-    if str(kind.__module__).startswith(_NO_PART_OF_A_FIELD) and not isinstance(item, torch.nn.Module):
+    plan = _plans.get(kind) or _plan(kind)
+    if plan.is_closed:
         return []
     found: list[Contents] = []
     attributes = getattr(item, "__dict__", None)
     if isinstance(attributes, dict):
         found.append((attributes, dict(attributes)))
-    rest = {name: getattr(item, name, None) for name in slots_of(kind)}
-    if (code := class_code(item)) is not None:
-        rest[code_name(item)] = code
-    if rest:
-        found.append((item, rest))
+    if plan.slots or plan.code is not None:
+        rest = {name: getattr(item, name, None) for name in plan.slots}
+        found.append((item, rest if plan.code is None else {**rest, plan.code_name: plan.code}))
     return found
+
+
+class _Plan(NamedTuple):
+    """What is known of the objects of a class.
+
+    Args:
+        slots: names of the slots.
+        code_name: name of the method that runs when an object is called.
+        code: that method, if it is a user's: it may read globals.
+        is_closed: whether the objects are not looked into.
+    """
+
+    slots: tuple[str, ...]
+    code_name: str
+    code: types.FunctionType | None
+    is_closed: bool
+
+
+def _plan(kind: type) -> _Plan:
+    slots = [owner.__dict__.get("__slots__", ()) for owner in kind.__mro__]
+    names = [name for group in slots for name in ((group,) if isinstance(group, str) else group)]
+    is_module = issubclass(kind, torch.nn.Module)
+    code_name = "forward" if is_module else "__call__"
+    code = getattr(kind, code_name, None)
+    if str(kind.__module__).partition(".")[0] in _LIBRARIES or not isinstance(code, types.FunctionType):
+        code = None
+    is_closed = str(kind.__module__).startswith(_NO_PART_OF_A_FIELD) and not is_module
+    plan = _plans[kind] = _Plan(tuple(names), code_name, code, is_closed)
+    return plan
+
+
+_plans: weakref.WeakKeyDictionary[type, _Plan] = weakref.WeakKeyDictionary()
+
+
+def slots_of(kind: type) -> tuple[str, ...]:
+    """Return the names of a class's slots."""
+    return (_plans.get(kind) or _plan(kind)).slots
+
+
+def class_code(item: object) -> tuple[str, Any]:
+    """Return the name of the method that runs when an object is called, and the method if it is a user's."""
+    plan = _plans.get(type(item)) or _plan(type(item))
+    return plan.code_name, plan.code
 
 
 def _contents_of_function(function: types.FunctionType) -> list[Contents]:
@@ -92,33 +132,10 @@ def get(container: Any, key: Any, default: Any) -> Any:
     return container.get(key, default)
 
 
-def slots_of(kind: type) -> list[str]:
-    """Return the names of a class's slots, looked up once."""
-    if kind not in _slots_of:
-        slots = [owner.__dict__.get("__slots__", ()) for owner in kind.__mro__]
-        _slots_of[kind] = [name for group in slots for name in ((group,) if isinstance(group, str) else group)]
-    return _slots_of[kind]
-
-
-_slots_of: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
-
-
-def code_name(item: object) -> str:
-    """Return the name of the method that runs when an object is called."""
-    return "forward" if isinstance(item, torch.nn.Module) else "__call__"
-
-
-def class_code(item: object) -> Any:
-    """Return the function that runs when an object of a user's class is called: it may read globals."""
-    if str(type(item).__module__).partition(".")[0] in _LIBRARIES:
-        return None
-    code = getattr(type(item), code_name(item), None)
-    return code if isinstance(code, types.FunctionType) else None
-
-
-def _global_names(code: types.CodeType) -> Iterator[str]:
-    """Yield the names that a function, and functions defined inside it, may look up in its globals."""
-    yield from code.co_names
+def _global_names(code: types.CodeType) -> list[str]:
+    """Return the names that a function, and functions defined inside it, may look up in its globals."""
+    names = list(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
+            names += _global_names(constant)
+    return names

@@ -26,7 +26,8 @@ class StandIns:
         others: those among which a history must not lead.
 
     Attributes:
-        replaced: the edges of the tensors that are replaced, for leaves their identities.
+        leaves: the stand-ins, by the identities of the tensors that they stand for.
+        replaced: edges of the tensors that are replaced, for leaves their identities.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = (), others: Sequence[Tensor] = ()) -> None:
@@ -37,25 +38,22 @@ class StandIns:
             or has_hooks(tensor)
             or (not tensor.is_leaf and depends_on_another(tensor, others))
         ]
-        self._leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in replaced}
+        self.leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in replaced}
         self.replaced = {
             id(tensor) if tensor.is_leaf else edge_of(tensor) for tensor in replaced if tensor.requires_grad
         }
 
-    def __bool__(self) -> bool:
-        return bool(self._leaves)
-
     def stand_for_the_same(self, others: StandIns) -> bool:
         """Whether these stand for the same tensors as others do."""
-        return self._leaves.keys() == others._leaves.keys()
+        return self.leaves.keys() == others.leaves.keys()
 
     def of(self, tensor: Tensor) -> Tensor:
         """What is used for a tensor: its stand-in, if it has one."""
-        return self._leaves.get(id(tensor), tensor)
+        return self.leaves.get(id(tensor), tensor)
 
     def substitution(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which f is to be evaluated with a graph."""
-        return _Substitution(self._leaves) if self._leaves else _NOTHING
+        """Return the context in which f uses the stand-ins."""
+        return _Substitution(self.leaves)
 
 
 NO_STAND_INS = StandIns()
@@ -64,9 +62,6 @@ NO_STAND_INS = StandIns()
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which cotangents of a dtype are summed: a half-precision sum of many terms loses the small ones."""
     return torch.promote_types(dtype, torch.float32)
-
-
-_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class _Substitution(TorchFunctionMode):

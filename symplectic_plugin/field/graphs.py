@@ -120,7 +120,7 @@ def history(tensor: Tensor, stops: Iterable[Any] = ()) -> Iterator[tuple[Any, Te
         seen.add(node)
         leaf = node.variable if type(node) is AccumulateGrad else None
         yield node, leaf, node.next_functions
-        stack.extend(following for following, _ in node.next_functions)
+        stack += [following for following, _ in node.next_functions]
 
 
 def is_alive(tensor: Tensor) -> bool:
@@ -176,7 +176,7 @@ def saved_storages(value: Tensor, stops: Iterable[Any] = ()) -> dict[int, int]:
             saved = _saved(node)
         except RuntimeError:  # changed in place: autograd will say so if the node is gone back through
             continue
-        for tensor in _tensors(saved):
+        for tensor in saved:
             if has_storage(tensor):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
@@ -225,8 +225,8 @@ def _metadata_bytes(metadata: Any) -> int:
     return 0 if metadata.is_nested_tensor else math.prod(metadata.shape) * metadata.dtype.itemsize
 
 
-def _saved(node: Any) -> list[Any]:
-    """Return what a node has saved.
+def _saved(node: Any) -> list[Tensor]:
+    """Return the tensors that a node has saved.
 
     Raises:
         RuntimeError: if a backward pass has freed the node.
@@ -236,15 +236,17 @@ def _saved(node: Any) -> list[Any]:
         names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
         names = [name for name in names if not isinstance(getattr(node, name), bool | int | float | str)]
         _saved_names[type(node)] = names
-    return [getattr(node, name) for name in names]
+    return _tensors([getattr(node, name) for name in names])
 
 
 _saved_names: dict[type, list[str]] = {}
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, tuple | list):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found

@@ -6,13 +6,14 @@ import collections
 import contextlib
 import types
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from .contents import PLAIN, contents_of, get, is_hollow
+from .contents import CONTAINERS, HOLLOW, PLAIN, Contents, contents_of, get
 from .path_copy import PathCopy
 
 _MOST_OBJECTS = 10_000
@@ -39,6 +40,7 @@ class Held:
         self.tensors: list[Tensor] = []
         self.frozen: list[Tensor] = []
         self._settled = False
+        self._found: list[Contents] = []
         self._holders: list[_Holder] = []
         self._norms: list[torch.nn.Module] = []
         self._copied: tuple[Any, Any] | None = None
@@ -66,10 +68,12 @@ class Held:
                 found = contents_of(item)
             except Exception:  # an object that does not let itself be looked into
                 continue
-            for container, contents in found:
-                if isinstance(container, dict | list | types.CellType):
-                    self._holders.append(_Holder(container, contents))
-                queue.extend([part for part in contents.values() if not is_hollow(part)])
+            self._found += found
+            for _, contents in found:
+                for part in contents.values():
+                    kind = type(part)
+                    if kind not in HOLLOW and (kind not in CONTAINERS or part):
+                        queue.append(part)
 
     def settle(self) -> None:
         """Once f has been at work: what has changed since is what f changes by itself, which is not put back.
@@ -80,9 +84,9 @@ class Held:
             return
         self._settled = True
         self.tensors = []  # f's dependencies have been taken from them: a model may keep a solve's solution
-        for holder in self._holders:
-            holder.settle()
-        self._holders = [holder for holder in self._holders if holder.is_of_use]
+        holders = [_Holder(*found) for found in self._found if isinstance(found[0], dict | list | types.CellType)]
+        self._holders = [holder for holder in holders if holder.is_of_use]
+        self._found = []
 
     def changed_in_place(self) -> list[Tensor]:
         """Return tensors without gradients, other than batch norms' statistics, that were changed in place since."""
@@ -121,23 +125,20 @@ class Held:
 class _Holder:
     """A dictionary, a list or a closure's cell, and what it held in the forward pass, by key.
 
+    Kept of the contents is what is still there, and can be kept without keeping graphs alive.
+
     Args:
         container: the container.
-        contents: what it holds.
+        contents: what it held when f was first evaluated.
     """
 
-    __slots__ = ("_contents", "_strong", "_weak", "container")
+    __slots__ = ("_strong", "_weak", "container")
 
-    def __init__(self, container: Any, contents: Any) -> None:
+    def __init__(self, container: Any, contents: Mapping[Any, Any]) -> None:
         self.container = container
-        self._contents = contents
         self._strong: dict[Any, Any] = {}
         self._weak: dict[Any, weakref.ref[Any]] = {}
-
-    def settle(self) -> None:
-        """Keep of the contents what is still there, and can be kept without keeping graphs alive."""
-        container = self.container
-        for key, value in self._contents.items():
+        for key, value in contents.items():
             if get(container, key, _MISSING) is not value:
                 continue
             if type(value) in PLAIN:
@@ -148,7 +149,6 @@ class _Holder:
                     self._strong[key] = value
                 elif not isinstance(value, tuple | list | dict):
                     self._weak[key] = weakref.ref(value)
-        self._contents = {}
 
     @property
     def is_of_use(self) -> bool:

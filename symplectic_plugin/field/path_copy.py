@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .contents import class_code, code_name, contents_of, is_hollow, slots_of
+from .contents import HOLLOW, class_code, contents_of, slots_of
 
 Changes = Mapping[int, Mapping[Any, Any]]
 """New contents, by the identity of the container, then by key: a name, an index, or None for a closure's cell."""
@@ -66,7 +66,7 @@ class PathCopy:
                     parents.setdefault(id(container), []).append(id(item))
                 for part in {**contents, **self._changes.get(id(container), {})}.values():
                     parents.setdefault(id(part), []).append(id(container))
-                    if id(part) not in seen and not is_hollow(part):
+                    if id(part) not in seen and type(part) not in HOLLOW:
                         seen.add(id(part))
                         queue.append(part)
         affected, stack = set[int](), list(self._changes)
@@ -135,14 +135,14 @@ class PathCopy:
 
     def _copy_object(self, item: Any) -> None:
         kind: Any = type(item)
-        code = class_code(item)
+        name, code = class_code(item)
         if code is not None and id(code) in self._affected:
             code_copy: Callable[..., Any] = self(code)
-            kind = type(kind.__name__, (kind,), {code_name(item): code_copy, "__module__": kind.__module__})
+            kind = type(kind.__name__, (kind,), {name: code_copy, "__module__": kind.__module__})
         result = self._memo[id(item)] = object.__new__(kind)
         attributes = getattr(item, "__dict__", None)
         if attributes is not None:
             result.__dict__.update(self._contents(attributes, attributes))
-        for name in slots_of(type(item)):
-            if hasattr(item, name) and name not in ("__dict__", "__weakref__"):
-                object.__setattr__(result, name, self(getattr(item, name)))
+        for slot in slots_of(type(item)):
+            if hasattr(item, slot) and slot not in ("__dict__", "__weakref__"):
+                object.__setattr__(result, slot, self(getattr(item, slot)))

@@ -1,22 +1,24 @@
-"""The vector field as a solve and its sweep see it: what it depends on, its value, its vector-Jacobian product."""
+"""The vector field of a solve: its value, its dependencies, its vector-Jacobian product."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._torch_compat import has_hooks, has_storage, run_backward, sequence_number
+from ._torch_compat import any_autocast_enabled, has_hooks, has_storage, run_backward, sequence_number
 from .autocast import Autocast
 from .compiled import CompiledFunction, without_compilation
-from .cotangents import CotangentSums, StandIns
+from .cotangents import NO_STAND_INS, CotangentSums, StandIns
 from .evaluation import Evaluation, Keywords, require_slope
 from .graphs import (
+    Edge,
+    GraphInputs,
     accumulator,
     cotangent_bytes,
     edge_of,
@@ -34,26 +36,27 @@ _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class VectorField:
-    """A host's vector field f(t, x), evaluated without a graph on the way forward, with one in the sweep.
+    """A host's vector field f(t, x).
 
     Args:
         function: `function(t, x, **keywords)`, the vector field as the host calls it.
         device: the state's.
-        report: takes the counts.
-        named: tensors that f depends on, found or not: gradients go to them as well.
-        only: gradients go to `named` alone, whatever else f depends on.
-        compiled: what the user gave, compiled, if it is in that.
+        report: takes the counts of evaluations.
+        named: tensors that f depends on and that have gradients, whether they are found or not.
+        only: whether no other tensors have gradients.
+        compiled: the compiled user function that `function` wraps, or None.
 
     Attributes:
-        dependencies: the tensors that f depends on and that gradients go to, once `discover` has run.
-        spare: how many of them, at the end, f has not been seen to use yet.
+        dependencies: tensors that f depends on and that have gradients, once `discover` has run.
+        spare: number of dependencies, the last ones, that f has not been seen to use.
         seen: identities of the tensors that the first evaluation used.
-        stand_ins: what takes the place of some of them while f is evaluated with a graph.
-        left_out: those that it depends on and that get none, because of `only`.
-        draws: whether it was seen to draw random numbers.
-        generators: those that it may draw from.
-        rounding: the relative rounding error of what it returns.
-        autocast: the state of autocast in which it is evaluated.
+        stand_ins: leaves that take the place of some dependencies while f is evaluated with a graph.
+        left_out: tensors that f depends on and that have no gradients because of `only`.
+        draws: whether f was seen to draw random numbers.
+        generators: random number generators that f may draw from.
+        rounding: relative rounding error of the values of f.
+        autocast: autocast state in which f is evaluated.
+        parts: functions that f is the sum of, for an additive method.
     """
 
     def __init__(
@@ -90,11 +93,10 @@ class VectorField:
     def discover(
         self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool = False, with_history: bool = False
     ) -> Evaluation:
-        """Evaluate f with a graph: take what it is seen to depend on and what it holds into `dependencies`.
+        """Evaluate f for the first time: find the tensors that it depends on, and whether it draws random numbers.
 
         Args:
-            t, x, keywords, want_time: as for `differentiable`.
-            with_history: whether the graph is to go on behind the state, instead of ending in it.
+            t, x, keywords, want_time, with_history: as for `differentiable`.
 
         Returns:
             The evaluation.
@@ -110,53 +112,74 @@ class VectorField:
             )
         self._held = held = Held((self.function, *self.parts))
         edges = {edge_of(tensor): tensor for tensor in held.tensors if not tensor.is_leaf}
-        stops = self._edges | edges.keys()
         before = self.generators.states()
         t = t.detach().clone()  # the caller's may be changed in place
-        with without_compilation():  # what a compiled function depends on does not show as well
+        with without_compilation():  # the dependencies of a compiled function do not show as well
             evaluation = self.differentiable(t, x, keywords, want_time, with_history=with_history)
-        slope = evaluation.slope
         self.draws = not self.generators.are_at(before)
+        if self.draws:
+            self.generators.note(before)
         self.rounding = max(self.rounding, _precision(x.dtype))
-        found = graph_inputs(slope, evaluation.argument.grad_fn, stops)
-        if found.older:
-            with self.generators.kept(), without_compilation():
-                second = self.differentiable(t, x, keywords, want_time)
-            again = graph_inputs(second.slope, second.argument.grad_fn, stops)
-            if lost := set(found.older) & set(again.older):  # else they were made in another thread
-                raise RuntimeError(_lost(f"that was computed from others before the solve, by {lost.pop().name()}"))
-        held_leaves = [tensor for tensor in held.tensors if tensor.is_leaf]
-        held_ids = {id(tensor) for tensor in held_leaves}
-        used_leaves = found.leaves
-        self.seen = {id(x) for x in used_leaves} | {id(edges[edge]) for edge in found.edges & edges.keys()}
-        others = [x for x in used_leaves if id(x) in held_ids]
-        own = (evaluation.leaf, evaluation.time)
-        found.leaves = [x for x in used_leaves if id(x) not in held_ids and all(x is not mine for mine in own)]
-        del used_leaves
-        self._take([*others, *referenced(found.leaves)], self._leaves, id)
-        self._take([edges[edge] for edge in found.edges - self._edges], self._edges, edge_of)
-        used = len(self.dependencies)
-        # What it holds it may use at other times. Not what only a hook would notice, nor what has lost its graph.
-        spare = [tensor for tensor in held_leaves if not has_hooks(tensor)]
-        self._take(spare, self._leaves, id)
-        unused = [tensor for edge, tensor in edges.items() if edge not in self._edges and not has_hooks(tensor)]
-        self._take([tensor for tensor in unused if is_alive(tensor)], self._edges, edge_of)
-        self.spare = len(self.dependencies) - used
-        self._leaves |= {id(tensor) for tensor in held.frozen}
+        found = self._inputs_of(evaluation, self._edges | edges.keys())
+        self._take_dependencies(held, found, edges, (evaluation.leaf, evaluation.time))
+        self._leaves.update([id(tensor) for tensor in held.frozen])
         self.stand_ins = self.stand_ins_now()
         self._lasting = {
             tensor.untyped_storage().data_ptr()
             for tensor in (t, *self.dependencies, *self.left_out, *held.frozen)
             if has_storage(tensor)
         }
-        self._refuse_own_state(slope, t, x, keywords)
+        self._refuse_own_state(evaluation.slope, t, x, keywords)
         if self.compiled is not None and held.statistics_changed():
             self.compiled.give_up("a batch norm in training mode would count the first evaluation twice")
         return evaluation
 
+    def _inputs_of(self, evaluation: Evaluation, stops: Set[Edge]) -> GraphInputs:
+        """Find what the graph of the first evaluation ends in.
+
+        Raises:
+            RuntimeError: if it ends in a tensor with a history that f does not hold.
+        """
+        found = graph_inputs(evaluation.slope, evaluation.argument.grad_fn, stops)
+        if found.older:
+            with self.generators.kept(), without_compilation():
+                second = self.differentiable(evaluation.time, evaluation.leaf, evaluation.keywords, want_time=False)
+            again = graph_inputs(second.slope, second.argument.grad_fn, stops)
+            if lost := set(found.older) & set(again.older):  # other nodes were made in another thread
+                raise RuntimeError(_lost(f"that was computed from others before the solve, by {lost.pop().name()}"))
+        return found
+
+    def _take_dependencies(
+        self, held: Held, found: GraphInputs, edges: Mapping[Edge, Tensor], arguments: tuple[Tensor, Tensor]
+    ) -> None:
+        """Take the tensors that the first evaluation used, and those that f holds, into the dependencies.
+
+        Args:
+            held: what f holds.
+            found: what the graph of the first evaluation ends in.
+            edges: tensors with a history that f holds, by their edges.
+            arguments: the evaluation's state and time.
+        """
+        held_leaves = [tensor for tensor in held.tensors if tensor.is_leaf]
+        held_ids = {id(tensor) for tensor in held_leaves}
+        used_leaves = found.leaves
+        self.seen = {id(x) for x in used_leaves} | {id(edges[edge]) for edge in found.edges & edges.keys()}
+        others = [x for x in used_leaves if id(x) in held_ids]
+        known = held_ids | {id(x) for x in arguments}
+        found.leaves = [x for x in used_leaves if id(x) not in known]
+        del used_leaves  # a reference more, that `referenced` would count
+        self._take([*others, *referenced(found.leaves)], self._leaves, id)
+        self._take([edges[edge] for edge in found.edges - self._edges], self._edges, edge_of)
+        used = len(self.dependencies)
+        # f may use at other times what it holds. Not what only a hook would notice, nor what has lost its graph.
+        self._take([tensor for tensor in held_leaves if not has_hooks(tensor)], self._leaves, id)
+        unused = [tensor for edge, tensor in edges.items() if edge not in self._edges and not has_hooks(tensor)]
+        self._take([tensor for tensor in unused if is_alive(tensor)], self._edges, edge_of)
+        self.spare = len(self.dependencies) - used
+
     @property
     def used(self) -> list[Tensor]:
-        """The dependencies that f has been seen to use."""
+        """Dependencies that f has been seen to use."""
         return self.dependencies[: len(self.dependencies) - self.spare]
 
     def set_parts(self, parts: Sequence[Callable[..., Tensor]]) -> None:
@@ -164,30 +187,30 @@ class VectorField:
         self.parts = tuple(parts)
 
     def part(self, function: Callable[..., Tensor]) -> VectorField:
-        """A part of f as another function, which depends on nothing that f does not depend on."""
+        """Return a part of f as a vector field with the same dependencies."""
         part = copy.copy(self)
         part.function = function
         return part
 
     def stand_ins_now(self) -> StandIns:
-        """The leaves that have to stand in for dependencies, as these are now."""
+        """Return the leaves that have to stand in for dependencies, as the dependencies are now."""
         return StandIns((*self.dependencies, *self.left_out), self.dependencies)
 
     def memory_of(self, evaluation: Evaluation) -> list[int]:
-        """The bytes of each storage that an evaluation keeps with its graph, less what is there anyway."""
+        """Return the bytes of each storage that an evaluation keeps with its graph and that is not there anyway."""
         behind = [node for node, _ in self._edges]  # the histories of what it depends on
         return [size for address, size in evaluation.storages(behind).items() if address not in self._lasting]
 
     def cotangents_of(self, evaluation: Evaluation) -> int:
-        """The bytes of cotangents that a backward pass through an evaluation has at one time."""
+        """Return the most bytes of cotangents that a backward pass through an evaluation holds at one time."""
         behind = [node for node, _ in self._edges]
         return cotangent_bytes(evaluation.slope, (evaluation.argument.grad_fn, *behind))
 
     def _refuse_own_state(self, slope: Tensor, t: Tensor, x: Tensor, keywords: Keywords) -> None:
-        """Refuse an f whose value depends on a tensor that it changes whenever it is evaluated.
+        """Refuse an f whose value depends on a tensor that f changes in each evaluation.
 
         Raises:
-            RuntimeError: if it is one.
+            RuntimeError: if f is such.
         """
         changed = self._held.changed_in_place()
         if not changed:
@@ -206,10 +229,10 @@ class VectorField:
             )
 
     def require_same(self, deviation: Tensor) -> None:
-        """Refuse to have been another vector field on the way forward.
+        """Require f to be what it was in the forward pass.
 
         Args:
-            deviation: how far from where it ended a step ends now, relative to the states.
+            deviation: relative difference between a recomputed state or slope and the recorded one, a scalar tensor.
 
         Raises:
             RuntimeError: if that is more than rounding.
@@ -224,11 +247,11 @@ class VectorField:
             )
 
     def settle(self) -> None:
-        """Take what f changes by itself for changed: what changes from now on, somebody else does."""
+        """End the forward pass: what f holds that has changed so far is changed by f itself, and not to be put back."""
         self._held.settle()
 
     def _take(self, tensors: Iterable[Tensor], known: set[Any], key: Callable[[Tensor], Any]) -> None:
-        """Take tensors that are not known yet into the dependencies."""
+        """Add tensors that are not known yet to the dependencies."""
         for tensor in tensors:
             if key(tensor) not in known:
                 known.add(key(tensor))
@@ -236,8 +259,8 @@ class VectorField:
 
     def __call__(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         """Evaluate f(t, x) without a graph."""
-        with torch.no_grad(), self.autocast.again(), self._drawing():
-            return self._checked(self.function(t.detach(), x.detach(), **keywords), x).detach()
+        with torch.no_grad():
+            return self.evaluate(t.detach(), x.detach(), keywords, NO_STAND_INS).detach()
 
     def differentiable(
         self,
@@ -276,17 +299,21 @@ class VectorField:
         return Evaluation(leaf, t, argument, keywords, slope, nodes)
 
     def evaluate(self, t: Tensor, x: Tensor, keywords: Keywords, stand_ins: StandIns) -> Tensor:
-        """The slope f(t, x), where grad is enabled, with its graph back to t, x and the dependencies or stand-ins."""
-        with self.autocast.again(), stand_ins.substitution(), self._drawing():
-            return self._checked(self.function(t, x, **keywords), x)
+        """Evaluate f(t, x); where grad is enabled, with a graph back to t, x and the dependencies or stand-ins."""
+        if self.draws or self.autocast.is_on or stand_ins.leaves or any_autocast_enabled():
+            with self.autocast.again(), stand_ins.substitution(), self._drawing():
+                slope = self.function(t, x, **keywords)
+        else:
+            slope = self.function(t, x, **keywords)
+        # f may return another kind of value than at first.
+        if type(slope) is Tensor and slope.dtype is x.dtype and slope.shape == x.shape and not x._backward_hooks:
+            return slope
+        return self._checked(slope, x)
 
     def _checked(self, slope: Any, x: Tensor) -> Tensor:
-        """What f returned at state x, which may be of another kind than what it returned at first."""
-        hooked = x._backward_hooks
-        if isinstance(slope, Tensor) and slope.dtype is x.dtype and slope.shape == x.shape and not hooked:
-            return slope
+        """Require a value of f at a state x to be a slope, and convert integers."""
         slope = require_slope(slope, x)
-        if hooked:
+        if x._backward_hooks:
             raise RuntimeError(
                 "symplectic_adjoint: the vector field registers a hook on the state that it is given. What that would "
                 "see depends on how a step is gone back through: put it on what is computed from the state"
@@ -299,17 +326,17 @@ class VectorField:
     def vjp(
         self, evaluation: Evaluation, cotangent: Tensor, sums: CotangentSums, want_time: bool, keep_graph: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The products of a slope's cotangent with the Jacobians of f.
+        """Compute the products of a slope's cotangent with the Jacobians of f.
 
         Args:
-            evaluation: of f, with its graph.
-            cotangent: of the slope, in the shape of the state.
+            evaluation: an evaluation of f with its graph.
+            cotangent: cotangent of the slope, in the shape of the state.
             sums: takes the products with the Jacobians in the dependencies.
             want_time: whether the product with df/dt is needed.
-            keep_graph: whether the graph is not to be freed.
+            keep_graph: whether the graph stays for another product.
 
         Returns:
-            (df/dx)^T cotangent; <df/dt, cotangent>. None where f does not depend on it.
+            (df/dx)^T cotangent, in the shape of the state, and <df/dt, cotangent>; None for zero.
 
         Raises:
             RuntimeError: if f depends on a tensor here that was not found on the way forward.
@@ -352,7 +379,7 @@ class VectorField:
         if self._accumulators is None:
             used = [tensor for tensor in self.used if tensor.is_leaf and tensor.requires_grad]
             self._accumulators = {accumulator(tensor) for tensor in used}
-        found = graph_inputs(slope, start, self._edges, () if sums.stand_ins else self._accumulators)
+        found = graph_inputs(slope, start, self._edges, () if sums.stand_ins.leaves else self._accumulators)
         if replaced and (not replaced.isdisjoint(found.edges) or not replaced.isdisjoint(map(id, found.leaves))):
             raise RuntimeError(
                 "symplectic_adjoint: the vector field uses a tensor with hooks, or one computed from others that it "
@@ -387,13 +414,13 @@ class VectorField:
 
 
 def _no_gradient(*_: Any) -> tuple[None]:
-    """A node's hook: nothing goes on behind it."""
+    """Return no gradient: a hook for a node that nothing lies behind."""
     return (None,)
 
 
 @functools.cache
 def _precision(dtype: torch.dtype) -> float:
-    """The relative rounding error of a dtype, none for integers."""
+    """Return the relative rounding error of a dtype, 0 for integers."""
     return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
 
 

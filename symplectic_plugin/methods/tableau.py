@@ -65,7 +65,7 @@ class ButcherTableau:
                 f"ButcherTableau: row {i} of a sums to {float(self.a[i].sum())}, but c[{i}] is {float(self.c[i])}"
             )
 
-    @property
+    @functools.cached_property
     def stages(self) -> int:
         """Number of stages, s."""
         return self.b.numel()
@@ -121,7 +121,7 @@ class PartnerTableau:
     c: Tensor
     e: Tensor
 
-    @property
+    @functools.cached_property
     def stages(self) -> int:
         """Number of stages, s."""
         return self.b.numel()

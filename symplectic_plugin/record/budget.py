@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -52,9 +53,11 @@ class Budget:
 
     Attributes:
         working: bytes of the working memory.
+        used: bytes of all that is kept.
         states: number of states that are kept.
         state: bytes of what is kept of each step under the policy "steps".
         largest: bytes of the largest evaluation so far, with its graph.
+        sizes: bytes of evaluations with their graphs, by their numbers of nodes.
         most_states, most_graphs: the most bytes that states (of steps and stages) and graphs took.
 
     Raises:
@@ -67,10 +70,10 @@ class Budget:
         self.policy = policy
         self.limit = limit
         self.on_device = on_device
-        self.working = self.state = self.states = self.largest = self.most_states = self.most_graphs = 0
+        self.working = self.state = self.states = self.used = self.largest = self.most_states = self.most_graphs = 0
         self._outputs = self._recomputed_graphs = 0
         self._used = {"states": 0, "stages": 0, "graphs": 0}
-        self._sizes: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
 
     def measure(self, field: VectorField, evaluation: Evaluation, demand: Demand) -> None:
         """Find out from the first evaluation of f how much memory a solve needs.
@@ -97,7 +100,7 @@ class Budget:
         if self.limit is not None or sum(sizes) > DEFAULTS.budget // 64:
             cotangents = field.cotangents_of(evaluation)
             self.working += cotangents if cotangents > 2.1 * largest else 0
-        self.largest = self._sizes[evaluation.nodes] = sum(sizes) + size
+        self.largest = self.sizes[evaluation.nodes] = sum(sizes) + size
         self._outputs = demand.outputs * size
         self.state = size * (2 if demand.keeps_slope else 1) if self.on_device else 0
         field.report.evaluation_bytes = sum(sizes)
@@ -116,11 +119,6 @@ class Budget:
         return few if self.policy in ("auto", "binomial") else (steps or 1)
 
     @property
-    def used(self) -> int:
-        """Bytes of all that is kept."""
-        return sum(self._used.values())
-
-    @property
     def graphs(self) -> int:
         """Bytes of the graphs that are kept."""
         return self._used["graphs"]
@@ -137,9 +135,19 @@ class Budget:
 
     def charge(self, kind: str, change: int) -> None:
         """Count bytes of "states", "stages" or "graphs" that come (or, if negative, go)."""
-        self._used[kind] += change
-        self.most_states = max(self.most_states, self._used["states"] + self._used["stages"])
-        self.most_graphs = max(self.most_graphs, self._used["graphs"])
+        used = self._used
+        used[kind] += change
+        self.used += change
+        if change > 0:
+            self.most_states = max(self.most_states, used["states"] + used["stages"])
+            self.most_graphs = max(self.most_graphs, used["graphs"])
+
+    def release(self, charged: Mapping[str, int], *, states: int) -> None:
+        """Count nothing more of what was charged, by kind, and of so many states."""
+        self.states -= states
+        for kind, size in charged.items():
+            self._used[kind] -= size
+            self.used -= size
 
     def count_states(self, change: int) -> None:
         """Count states that come (or, if negative, go)."""
@@ -169,20 +177,11 @@ class Budget:
 
     def size_of(self, nodes: list[int]) -> int:
         """Return the bytes of evaluations with these numbers of nodes."""
-        return sum(self._sizes[n] for n in nodes)
-
-    def has_measured(self, nodes: int) -> bool:
-        """Return whether an evaluation with this number of nodes has been measured."""
-        return nodes in self._sizes
-
-    @property
-    def measured(self) -> int:
-        """Number of kinds of evaluations that have been measured."""
-        return len(self._sizes)
+        return sum([self.sizes[n] for n in nodes])
 
     def measure_again(self, field: VectorField, evaluation: Evaluation) -> None:
         """Measure an evaluation with another number of nodes than those before."""
-        size = self._sizes[evaluation.nodes] = sum(field.memory_of(evaluation)) + self.state
+        size = self.sizes[evaluation.nodes] = sum(field.memory_of(evaluation)) + self.state
         # Beside the graph there will be what its backward pass makes.
         self.working += 3 * max(0, size - self.largest)
         self.largest = max(self.largest, size)

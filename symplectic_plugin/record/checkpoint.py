@@ -125,9 +125,7 @@ class Checkpoint:
         self._charge("graphs", 0)
 
     def __del__(self) -> None:
-        self._count(there=False)
-        for kind, size in self._charged.items():
-            self.budget.charge(kind, -size)
+        self.budget.release(self._charged, states=1 if self._is_counted else 0)
 
     def _count(self, *, there: bool) -> None:
         if there is not self._is_counted:

@@ -6,6 +6,8 @@ Nothing here looks at the nodes of a step (see `field.graphs`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ class LiveStep:
         method: the method.
         origin: state at the step's start, with its history.
         h: step size.
-        first_slope: slope there with its history, if it is not evaluated in the step.
+        first_slope: slope there with its history, if it is there already.
+        nodes: number of autograd nodes of the first slope's evaluation, if that is counted in the step.
 
     Attributes:
         stages: states of the stages.
@@ -28,13 +31,15 @@ class LiveStep:
         nodes: number of autograd nodes of each evaluation in the step.
     """
 
-    def __init__(self, method: Method, origin: Tensor, h: float, first_slope: Tensor | None = None) -> None:
+    def __init__(
+        self, method: Method, origin: Tensor, h: float, first_slope: Tensor | None = None, nodes: Sequence[int] = ()
+    ) -> None:
         self.origin = origin
         self.h = h
         self._tableau = method.tableau
         self.stages: list[Tensor] = [] if first_slope is None else [origin]
         self.slopes: list[Tensor] = [] if first_slope is None else [first_slope]
-        self.nodes: list[int] = []
+        self.nodes = list(nodes)
         self._end: Tensor | None = None
 
     def next_stage(self, value: Tensor) -> Tensor:
@@ -46,12 +51,6 @@ class LiveStep:
         stage = stage.clone() if stage is self.origin else stage
         stage.data.copy_(value)  # no node has saved the stage yet
         return stage
-
-    def add(self, stage: Tensor, slope: Tensor, nodes: int) -> None:
-        """Add a stage and its slope, whose evaluation made this number of nodes."""
-        self.stages.append(stage)
-        self.slopes.append(slope)
-        self.nodes.append(nodes)
 
     @property
     def end(self) -> Tensor:

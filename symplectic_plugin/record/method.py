@@ -70,9 +70,10 @@ class DenseOutput(ABC):
     linear: bool = False
     _is_end: bool | None = None
 
-    def times(self, c: Tensor) -> Tensor:
-        """Return the times of a method's stages and of the added ones, in units of the step, for c of shape (s,)."""
-        return torch.cat([c, c.new_zeros(int(self.start_stage)), c.new_ones(int(self.end_stage))])
+    @property
+    def added_times(self) -> tuple[float, ...]:
+        """Times of the added stages, in units of the step."""
+        return (0.0,) * self.start_stage + (1.0,) * self.end_stage
 
     @abstractmethod
     def weights(self, theta: Tensor) -> Tensor:

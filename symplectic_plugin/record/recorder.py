@@ -153,19 +153,20 @@ class Recorder:
         slope = self.field.evaluate(t, stage, keywords, NO_STAND_INS)
         nodes = sequence_number() - first
         self._nodes.append(nodes)
-        if self._live is not None:
-            self._live.add(stage, slope, nodes)
-        budget = self.store.budget
-        if not budget.has_measured(nodes):
+        if (live := self._live) is not None:
+            live.stages.append(stage)
+            live.slopes.append(slope)
+            live.nodes.append(nodes)
+        sizes = self.store.budget.sizes
+        if nodes not in sizes:
             evaluation = Evaluation(stage, t, stage, keywords, slope, nodes)
-            if budget.measured >= _MOST_KINDS or not self.store.has_room_for(self.field, evaluation, self._nodes):
+            if len(sizes) >= _MOST_KINDS or not self.store.has_room_for(self.field, evaluation, self._nodes):
                 self.leave_live_graph()
         return slope
 
     def _discover(self, t: Tensor, x: Tensor, keywords: Keywords) -> Tensor:
         """Evaluate f for the first time: find its dependencies, measure it, choose what is kept."""
         field, store, plan, in_step = self.field, self.store, self.plan, self._begun is not None
-        before = field.generators.states()
         if not plan.live_by_host:
             is_initial = x.shape == plan.initial.shape and x.data_ptr() == plan.initial.data_ptr()
             self.is_live = self.is_live and is_initial
@@ -173,12 +174,11 @@ class Recorder:
         evaluation = field.discover(t, x, keywords, plan.want_time, with_history=self.is_live)
         self.is_discovered = True
         if field.draws:
-            field.generators.note(before)
-            self.first_draw = before
+            self.first_draw = field.generators.last_noted
         store.measure(field, evaluation, plan.demand(evaluation))
         self.is_live = self.is_live and self._may_stay_live(evaluation)
         # The first evaluation was made without stand-ins.
-        usable = evaluation if self.is_live or (evaluation.leaf.is_leaf and not field.stand_ins) else None
+        usable = evaluation if self.is_live or (evaluation.leaf.is_leaf and not field.stand_ins.leaves) else None
         if in_step:
             self._open_step(usable)
             self._graphs = None if usable is None else self._graphs
@@ -190,7 +190,8 @@ class Recorder:
 
     def _may_stay_live(self, evaluation: Evaluation) -> bool:
         # Within a graph autograd sums in the tensors' precision: of half precision that is to be no long sum.
-        is_wide = all(wide(x.dtype) == x.dtype for x in (evaluation.argument, *self.field.dependencies))
+        dtypes = {x.dtype for x in (evaluation.argument, *self.field.dependencies)}
+        is_wide = all(wide(dtype) == dtype for dtype in dtypes)
         if self.plan.live_by_host and not any(x.requires_grad for x in (self.plan.initial, *self.field.dependencies)):
             return False  # the host would return a graph that leads nowhere
         return is_wide and not self.field.left_out and self._has_room_for_live_step(0)
@@ -217,7 +218,8 @@ class Recorder:
             follows: whether the state is where the step before ended, and the slope the last one of that.
         """
         self._stages, self._nodes, self._graphs, self._live = [], [], None, None
-        self.field.generators.begin_noting()
+        if self.field.draws:
+            self.field.generators.begin_noting()
         self._begun = start, first_slope, h
         self._remaining = self.trajectory.method.evaluations
         if self._last_live is not None and self._last_live[0]() is start:  # the host has rejected the last step
@@ -258,9 +260,7 @@ class Recorder:
         method = self.trajectory.method
         before = self._last_live_step()
         if before is None:
-            live = LiveStep(method, made[0].argument, h)
-            live.add(live.origin, made[0].slope, made[0].nodes)
-            return live
+            return LiveStep(method, made[0].argument, h, made[0].slope, [made[0].nodes])
         before.end_at(start)
         return LiveStep(method, before.end, h, before.slopes[-1] if method.hands_on_slope else None)
 
@@ -408,5 +408,7 @@ class Recorder:
             self.leave_live_graph()
         report.accepted = len(trajectory.checkpoints)
         report.checkpoint_bytes, report.graph_bytes = budget.most_states, budget.most_graphs
-        report.budget_bytes, report.kept = budget.total, self.store.kept()
+        report.budget_bytes = budget.total
+        if report.is_seen:
+            report.kept = self.store.kept()
         return trajectory

@@ -155,7 +155,7 @@ class CheckpointStore:
             evaluation: the latest one.
             nodes: numbers of nodes of all evaluations in the making, the latest one's last.
         """
-        if self.budget.has_measured(evaluation.nodes):
+        if evaluation.nodes in self.budget.sizes:
             return True
         self.budget.measure_again(field, evaluation)
         return self.budget.used + self.budget.size_of(nodes) <= self.budget.room()

@@ -113,8 +113,9 @@ class FixedGrid(Recording):
 
     def _take(self, step: Step, times: Sequence[Tensor], y0: Tensor, *, follows: bool) -> tuple[Tensor, Tensor]:
         """Take a step: return what it adds to the state, and the slope at its start."""
-        self.recorder.begin_step(y0, None, step.h, follows=follows)
-        result = self.recorder.take_step(step, times, y0)
+        recorder = self.recorder
+        recorder.begin_step(y0, None, step.h, follows=follows)
+        result = recorder.take_step(step, times, y0)
         self._took(step, y0, result[0], follows=follows)
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchdiffeq._impl import misc
 
 from ...field.evaluation import Evaluation
+from ...methods.tableau import ButcherTableau
 from ...record.budget import Demand
 from ...record.implicit_solve import ImplicitSolve
 from ...record.method import Method, Step, TakeStep
@@ -95,7 +97,8 @@ class Recording(ABC):
         tableau, keywords = read_method(self)
         dense = read_dense_output(self, tableau)
         keywords = [*keywords, self.start_keywords()] if dense.start_stage else keywords
-        stage_times = StageTimes(dense.times(tableau.c), *dtypes, self.y0.device)
+        make = _own_stage_times if self.base.__module__.startswith("torchdiffeq.") else _own_stage_times.__wrapped__
+        stage_times = make(tableau, dense.added_times, *dtypes, self.y0.device)
         implicit, handed_on = self.implicit_solve(), hands_on_slope(self)
         take_step = self.step_alone(Method(tableau, stage_times, _no_step, dense, keywords), dtypes[0])
         method = Method(tableau, stage_times, take_step, dense, keywords, handed_on, implicit)
@@ -154,6 +157,18 @@ class Recording(ABC):
         """End the solve, whose outputs have these places."""
         taken = bool(self.recorder.trajectory.checkpoints)
         return self.recorder.finish(self.end_state() if taken else None, places)
+
+
+@functools.cache
+def _own_stage_times(
+    tableau: ButcherTableau,
+    added: tuple[float, ...],
+    solver_dtype: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StageTimes:
+    """Make the times of the stages of a method, once for each of torchdiffeq's own, whose tableaux are read once."""
+    return StageTimes(torch.cat([tableau.c, tableau.c.new_tensor(added)]), solver_dtype, dtype, device)
 
 
 def _no_step(*_: Any) -> tuple[Tensor, None]:

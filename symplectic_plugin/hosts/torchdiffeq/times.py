@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from ...record.method import Step
 from ...record.trajectory import Trajectory
 
 
-@dataclass(frozen=True)
 class StageTimes:
     """The times that torchdiffeq hands to f in a step.
 
@@ -24,17 +22,19 @@ class StageTimes:
         device: the state's.
     """
 
-    c: Tensor
-    solver_dtype: torch.dtype
-    dtype: torch.dtype
-    device: torch.device
+    def __init__(self, c: Tensor, solver_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
+        self._at_end = c == 1 if bool((c == 1).any()) else None
+        self._c = c.to(dtype)
+        self._solver_dtype = solver_dtype
+        self._device = device
 
     def __call__(self, steps: Sequence[Step]) -> list[Sequence[Tensor]]:
-        numbers = [(step.t0, step.t1, step.h) for step in steps]
-        t0, t1, h = torch.tensor(numbers, dtype=self.solver_dtype).to(self.dtype).T[:, :, None]
-        # As torchdiffeq does, so that a stage at the step's end is at t1 to the last bit.
-        times = torch.where(self.c == 1, t1, t0 + self.c.to(self.dtype) * h).to(self.device)
-        return [of_step.unbind() for of_step in times.unbind()]
+        numbers = [[step.t0 for step in steps], [step.t1 for step in steps], [step.h for step in steps]]
+        t0, t1, h = torch.tensor(numbers, dtype=self._solver_dtype).to(self._c.dtype).unsqueeze(-1)
+        times = t0 + self._c * h
+        if self._at_end is not None:  # as torchdiffeq does, so that a stage at the step's end is at t1 to the last bit
+            times = torch.where(self._at_end, t1, times)
+        return [of_step.unbind() for of_step in times.to(self._device).unbind()]
 
 
 class TimesFromStart:

@@ -21,19 +21,10 @@ class Unperturbed:
         self.inner = func.base_func if type(func) is _PerturbFunc else func
 
     def __call__(self, t: Tensor, y: Tensor, perturb: Perturb = Perturb.NONE) -> Any:
-        if self.inner is self.func and perturb is Perturb.NONE:
-            return self.func(t, y)
-        if not self.leaves(t, y) or (t.requires_grad and perturb is not Perturb.NONE):
-            return self.func(t, y, perturb=perturb)
-        return self.inner(self.moved(t, perturb), y)
-
-    def leaves(self, t: Tensor, y: Tensor) -> bool:
-        """Whether the wrapper is there, and does nothing but move a time t for a state y."""
-        return self.inner is not self.func and t.dtype == y.dtype and not t.is_complex()
-
-    @staticmethod
-    def moved(t: Tensor, perturb: Perturb = Perturb.NONE) -> Tensor:
-        """The time that the wrapper hands on."""
-        if perturb is Perturb.NONE:
-            return t
-        return torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1)
+        if self.inner is self.func or t.dtype != y.dtype or t.is_complex():
+            return self.func(t, y) if perturb is Perturb.NONE else self.func(t, y, perturb=perturb)
+        if perturb is not Perturb.NONE:
+            if t.requires_grad:
+                return self.func(t, y, perturb=perturb)
+            t = torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1)
+        return self.inner(t, y)
