@@ -35,14 +35,25 @@ def solvers() -> dict[str, Any]:
 
 
 def is_one_step(solver: Any) -> bool:
-    """Whether a class is a one-step method of one of torchdiffeq's two families or of their implicit counterparts, as
-    far as a class can show."""
-    if not isinstance(solver, type) or issubclass(solver, AdamsBashforthMoulton):
-        return False
-    return any(
+    """Return whether a class is a one-step method of torchdiffeq's two families or of their implicit counterparts.
+
+    As far as a class can show: the steps of a user's own class may still be no Runge-Kutta steps.
+    """
+    return isinstance(solver, type) and _is_one_step(solver)
+
+
+@functools.lru_cache(256)
+def _is_one_step(solver: type) -> bool:
+    return not issubclass(solver, AdamsBashforthMoulton) and any(
         issubclass(solver, family) and all(getattr(solver, name, None) is getattr(family, name, None) for name in names)
         for family, names in _MUST_BE_THE_FAMILYS.items()
     )
+
+
+@functools.lru_cache(256)
+def callbacks_of(solver: type) -> frozenset[str]:
+    """Return the names of the callbacks that a solver calls. torchdiffeq 0.2.3 has no callbacks."""
+    return frozenset(getattr(solver, "valid_callbacks", set)())
 
 
 def base_solver(name: str) -> Any:

@@ -22,7 +22,7 @@ from ...field.witness import refuse_transforms
 from ...record.storage import storage
 from ...record.store import CheckpointStore
 from . import implicit, odeint_adjoint
-from .methods import base_solver, is_one_step, solvers
+from .methods import base_solver, callbacks_of, is_one_step, solvers
 from .recorded_function import RecordedFunction
 from .recorded_solver import recorded_solver
 from .times import TimesFromGrid, TimesFromStart
@@ -117,9 +117,9 @@ class SymplecticAdjoint:
     @classmethod
     def valid_callbacks(cls) -> set[str]:
         """Return the names of the callbacks that the base solver calls."""
-        names = [cls.solver] if cls.solver is not None else [name for name, s in solvers().items() if is_one_step(s)]
-        # torchdiffeq 0.2.3 has no callbacks.
-        return set().union(*(getattr(solvers()[name], "valid_callbacks", set)() for name in names))
+        table = solvers()
+        bases = table.values() if cls.solver is None else [table[cls.solver]]
+        return set().union(*[callbacks_of(base) for base in bases if is_one_step(base)])
 
     @classmethod
     def variants(cls, name: str, registry: Mapping[str, type]) -> dict[str, type]:
