@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symplectic_plugin import ButcherTableau, partner_tableau, read_tableau
-from symplectic_plugin.hosts.torchdiffeq.methods import is_one_step, read_method, solvers
+from symplectic_plugin.hosts.torchdiffeq._compat import solver_table
+from symplectic_plugin.hosts.torchdiffeq.methods import is_one_step, read_method
 from symplectic_plugin.hosts.torchdiffeq.recorded_solver import recorded_solver
 from symplectic_plugin.methods.implicit_tableaux import METHODS
 
@@ -19,14 +20,14 @@ from .rooted_trees import density, elementary_weight, trees
 from .strategies import tableaux
 
 
-def _own_solvers() -> list[str]:
-    return [name for name, solver in solvers().items() if is_one_step(solver) and name not in METHODS]
+def _own_solver_table() -> list[str]:
+    return [name for name, solver in solver_table().items() if is_one_step(solver) and name not in METHODS]
 
 
 def _tableau(name: str) -> ButcherTableau:
     """Read the tableau of a torchdiffeq method."""
     options = {"rtol": 1e-3, "atol": 1e-3, "norm": torch.linalg.vector_norm}
-    solver = recorded_solver(solvers()[name])(func=None, y0=torch.zeros(2, dtype=torch.float64), **options)
+    solver = recorded_solver(solver_table()[name])(func=None, y0=torch.zeros(2, dtype=torch.float64), **options)
     return read_method(solver)[0]
 
 
@@ -109,10 +110,10 @@ def test_what_is_not_a_runge_kutta_step_is_refused(step) -> None:
         read_tableau(step)
 
 
-@pytest.mark.parametrize("name", _own_solvers())
+@pytest.mark.parametrize("name", _own_solver_table())
 def test_order_conditions_hold_up_to_the_order_torchdiffeq_gives(name: str) -> None:
     tableau = _tableau(name)
-    for order in range(1, solvers()[name].order + 1):
+    for order in range(1, solver_table()[name].order + 1):
         for tree in trees(order):
             assert elementary_weight(tree, tableau) == pytest.approx(1 / density(tree), abs=1e-12)
 
@@ -123,7 +124,7 @@ def test_there_are_as_many_rooted_trees_as_there_should_be() -> None:
 
 @pytest.mark.parametrize("name", ["dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun"])
 def test_an_adaptive_methods_tableau_is_torchdiffeqs_own(name: str) -> None:
-    tableau, theirs = _tableau(name), solvers()[name].tableau
+    tableau, theirs = _tableau(name), solver_table()[name].tableau
     assert tableau.c[1:].tolist() == theirs.alpha.tolist()
     assert tableau.b.tolist() == theirs.c_sol.tolist()
     for i, beta in enumerate(theirs.beta):
@@ -131,7 +132,7 @@ def test_an_adaptive_methods_tableau_is_torchdiffeqs_own(name: str) -> None:
 
 
 def test_methods_whose_last_stage_is_the_solution_are_told_apart() -> None:
-    assert {name for name in _own_solvers() if _tableau(name).first_same_as_last} >= {"dopri5", "dopri8", "bosh3"}
+    assert {name for name in _own_solver_table() if _tableau(name).first_same_as_last} >= {"dopri5", "dopri8", "bosh3"}
     assert not any(_tableau(name).first_same_as_last for name in ("fehlberg2", "adaptive_heun", "rk4", "euler"))
 
 

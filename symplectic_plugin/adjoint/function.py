@@ -30,7 +30,7 @@ TimesOf = Callable[..., SolveTimes]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a solve depends on, beside the dependencies of f.
+    """The inputs of a solve, beside the dependencies of f.
 
     Args:
         initial: initial state.
@@ -94,7 +94,7 @@ def _apply(
 
 @dataclass(frozen=True)
 class _Record:
-    """What the autograd function needs that has no gradient.
+    """The arguments of the autograd function that have no gradient.
 
     Args:
         trajectory: the solve.

@@ -1,4 +1,4 @@
-"""What the step back of an explicit and of an implicit method share: arguments, results, the outputs' cotangents."""
+"""The interface of a step back, explicit or implicit: arguments, results, the outputs' cotangents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Cotangents:
 
 
 class StepEnd(NamedTuple):
-    """Where a step back starts from.
+    """The start of a step back: the end of a step, with cotangents.
 
     Args:
         n: number of the step.
@@ -50,7 +50,7 @@ class StepEnd(NamedTuple):
 
 
 class StepStart(NamedTuple):
-    """What a step back arrives at.
+    """The result of a step back: cotangents at the start of a step.
 
     Args:
         adjoint: cotangent of the state at the step's start.

@@ -25,6 +25,13 @@ AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-de
 """Type of the autograd nodes at which graphs end in leaves (2.5 to 2.14)."""
 
 
+NormBase = torch.nn.modules.batchnorm._NormBase
+"""Base class of batch and instance norms, which may keep running statistics (2.5 to 2.14)."""
+
+foreach_add_ = torch._foreach_add_
+"""Adds tensors of one list to those of another, in place (2.5 to 2.14)."""
+
+
 def run_backward(
     outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph: bool
 ) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""What a Python object is made of, as far as a vector field can depend on it."""
+"""The parts of a Python object, as far as a vector field can depend on them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def contents_of(item: Any) -> list[Contents]:
 
 
 class _Plan(NamedTuple):
-    """What is known of the objects of a class.
+    """Facts about the objects of a class.
 
     Args:
         slots: names of the slots.

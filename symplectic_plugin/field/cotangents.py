@@ -1,4 +1,4 @@
-"""The cotangents of what a vector field depends on, and the leaves that stand in for some of it."""
+"""The cotangents of a vector field's dependencies, and leaves that stand in for some dependencies."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ._torch_compat import has_hooks
+from ._torch_compat import foreach_add_, has_hooks
 from .graphs import depends_on_another, edge_of
 
 
 class StandIns:
-    """Leaves that take the place of some of the tensors that f depends on, with the same values.
+    """Leaves that take the place of some dependencies of f, with the same values.
 
-    Those whose histories lead to others would be counted twice; those with hooks would run them at each evaluation; and
-    those that were frozen since have no gradient.
+    A dependency whose history leads to another would be counted twice; one with hooks would run them at each
+    evaluation; and one that was frozen since has no gradient.
 
     Args:
-        tensors: what f depends on.
-        others: those among which a history must not lead.
+        tensors: dependencies of f.
+        others: dependencies to which no history may lead.
 
     Attributes:
         leaves: the stand-ins, by the identities of the tensors that they stand for.
@@ -44,11 +44,11 @@ class StandIns:
         }
 
     def stand_for_the_same(self, others: StandIns) -> bool:
-        """Whether these stand for the same tensors as others do."""
+        """Return whether these stand-ins and others stand for the same tensors."""
         return self.leaves.keys() == others.leaves.keys()
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What is used for a tensor: its stand-in, if it has one."""
+        """Return the stand-in of a tensor, or the tensor itself if it has none."""
         return self.leaves.get(id(tensor), tensor)
 
     def substitution(self) -> contextlib.AbstractContextManager[Any]:
@@ -60,7 +60,7 @@ NO_STAND_INS = StandIns()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which cotangents of a dtype are summed: a half-precision sum of many terms loses the small ones."""
+    """Return the dtype in which cotangents are summed: a half-precision sum of many terms loses the small ones."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -78,7 +78,7 @@ class _Substitution(TorchFunctionMode):
         return func(*[self._replaced(value) for value in args], **kwargs)
 
     def _replaced(self, value: Any) -> Any:
-        """An argument with the stand-ins in it. Not by torch's pytree, which leaves cycles to the garbage collector."""
+        """Replace the tensors in an argument. Not by torch's pytree, which leaves cycles to the garbage collector."""
         if isinstance(value, Tensor):
             return self.stand_ins.get(id(value), value)
         if isinstance(value, torch.Size):
@@ -94,12 +94,12 @@ class CotangentSums:
     """The cotangents of the dependencies, summed over the evaluations of one sweep.
 
     Args:
-        dependencies: what f depends on.
-        needed: which of it needs a gradient in this backward pass.
-        stand_ins: what takes its place.
+        dependencies: tensors that f depends on.
+        needed: for each dependency whether it needs a gradient in this backward pass.
+        stand_ins: leaves that take the place of some dependencies.
 
     Attributes:
-        inputs: what f's graphs are to be differentiated with respect to.
+        inputs: tensors that the graphs of f are differentiated with respect to.
     """
 
     def __init__(self, dependencies: Sequence[Tensor], needed: Sequence[bool], stand_ins: StandIns) -> None:
@@ -110,7 +110,7 @@ class CotangentSums:
         self.inputs = [stand_ins.of(tensor) for tensor in self._dependencies]
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Add the gradients of one evaluation, in the order of `inputs`; None for what it did not use."""
+        """Add the gradients of one evaluation, in the order of `inputs`; None for inputs without influence."""
         totals, addends = [], []
         for i, grad in enumerate(grads):
             if grad is None:
@@ -124,15 +124,15 @@ class CotangentSums:
                 totals.append(total)
                 addends.append(grad)
         if totals:
-            torch._foreach_add_(totals, addends)
+            foreach_add_(totals, addends)
 
     def used(self) -> list[bool]:
-        """Whether each dependency was used, as far as it is needed."""
+        """Return for each dependency whether it is needed and has got a gradient."""
         totals = iter(self._totals)
         return [need and next(totals) is not None for need in self._needed]
 
     def results(self) -> list[Tensor | None]:
-        """The sums in the dtypes of the dependencies, None for what is not needed or was not used."""
+        """Return the sums in the dtypes of the dependencies; None where not needed, or for zero."""
         sums = iter(zip(self._totals, self._dependencies, strict=True))
         return [
             None if not need or (pair := next(sums))[0] is None else pair[0].to(pair[1].dtype) for need in self._needed

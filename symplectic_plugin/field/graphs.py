@@ -41,7 +41,7 @@ def accumulator(leaf: Tensor) -> Any:
 
 @dataclass
 class GraphInputs:
-    """What a graph ends in.
+    """The inputs of a graph: what a walk through it ended in.
 
     Attributes:
         leaves: leaf tensors.

@@ -1,4 +1,4 @@
-"""What a vector field holds: tensors that it may depend on, and its contents as they were in the forward pass."""
+"""The contents of a vector field: tensors that it may depend on, and a copy that holds what there was before."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
+from ._torch_compat import NormBase
 from .contents import CONTAINERS, HOLLOW, PLAIN, Contents, contents_of, get
 from .path_copy import PathCopy
 
@@ -23,10 +23,10 @@ _MISSING: Any = object()
 
 
 class Held:
-    """What a callable holds in closures, attributes, containers, and globals that its code names.
+    """The contents of a callable: closures, attributes, containers, and globals that its code names.
 
-    Nothing that it holds is ever changed: where that differs from what was there in the forward pass, a copy of the
-    callable is made (see `PathCopy`).
+    Contents are never changed. Where they differ from those of the forward pass, a copy of the callable is made (see
+    `PathCopy`).
 
     Args:
         root: the callable, or a tuple of several.
@@ -63,7 +63,7 @@ class Held:
                 if isinstance(item, Tensor):
                     (self.tensors if item.requires_grad else self.frozen).append(item)
                     continue
-                if isinstance(item, _NormBase):
+                if isinstance(item, NormBase):
                     self._norms.append(item)
                 found = contents_of(item)
             except Exception:  # an object that does not let itself be looked into
@@ -76,9 +76,9 @@ class Held:
                         queue.append(part)
 
     def settle(self) -> None:
-        """Once f has been at work: what has changed since is what f changes by itself, which is not put back.
+        """End the forward pass: contents that have changed so far are changed by f itself, and are not put back.
 
-        Until then all that f held is kept alive.
+        Until then all contents are kept alive.
         """
         if self._settled:
             return
@@ -152,7 +152,7 @@ class _Holder:
 
     @property
     def is_of_use(self) -> bool:
-        """Whether anything is kept."""
+        """Whether the holder keeps anything."""
         return bool(self._strong or self._weak)
 
     def differences(self) -> dict[Any, Any]:

@@ -81,9 +81,9 @@ class Generators:
 
     @property
     def noted(self) -> tuple[GeneratorStates | None, ...]:
-        """Where the generators were before each evaluation since `begin_noting`; None where the one before left them.
+        """States of the generators before each evaluation since `begin_noting`.
 
-        They are elsewhere after the first evaluation if another thread draws too.
+        None where the evaluation before left them. They are elsewhere if another thread draws too.
         """
         return tuple(self._noted)
 

@@ -1,4 +1,4 @@
-"""What solves did: counts, bytes and times, for `symplectic_plugin.profile()`."""
+"""Reports of solves: counts, bytes and times, for `symplectic_plugin.profile()`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class SolveReport:
         host: "torchdiffeq" or "torchdyn".
         method: the base method.
         accepted, rejected: steps.
-        evaluations: of f, on the way forward.
-        recomputed: evaluations of f in backward passes.
-        vjps: vector-Jacobian products of f.
-        checkpoint_bytes: the most that states of steps and stages took at a time.
-        graph_bytes: the most that graphs kept from the way forward took.
-        evaluation_bytes: what one evaluation of f keeps with its graph.
-        budget_bytes: what the solve and its backward pass may take; infinite for a policy without a budget.
+        evaluations: number of evaluations of f in the forward pass.
+        recomputed: number of evaluations of f in backward passes.
+        vjps: number of vector-Jacobian products of f.
+        checkpoint_bytes: the most bytes that states of steps and stages took at a time.
+        graph_bytes: the most bytes that graphs took.
+        evaluation_bytes: bytes that one evaluation of f keeps with its graph.
+        budget_bytes: bytes that the solve and its backward pass may take; infinite for a policy without a budget.
         policy: the option `checkpoint`.
-        kept: what the policy chose to keep, when the forward pass ended.
+        kept: the checkpoints when the forward pass ended, in words; set only for reports that a profile holds.
         forward_seconds, backward_seconds: wall-clock times.
         is_seen: whether a profile holds it.
     """
@@ -51,7 +51,7 @@ class SolveReport:
 
 @dataclass(eq=False)
 class Profile:
-    """The solves that were made while a profile was taken.
+    """The reports of the solves that began while a profile was taken.
 
     Attributes:
         solves: their reports, in the order in which they began.
@@ -69,7 +69,7 @@ class Profile:
         return self.solves[index]
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """The reports as dictionaries, for JSON or a data frame."""
+        """Return the reports as dictionaries, for JSON or a data frame."""
         return [asdict(solve) for solve in self.solves]
 
     def __str__(self) -> str:
@@ -86,10 +86,10 @@ class Profile:
 
 @contextlib.contextmanager
 def profile() -> Iterator[Profile]:
-    """Report on the solves with an exact gradient that are made within, in any thread.
+    """Report on the solves with an exact gradient that begin within, in any thread, and on their backward passes.
 
-    Their backward passes are reported on whenever they are made. Printed, it is a table; it is also a sequence of
-    `SolveReport`.
+    Yields:
+        A sequence of `SolveReport`, which prints as a table.
 
     >>> with symplectic_plugin.profile() as solves:
     ...     loss(torchdiffeq.odeint(f, y0, t, method="symplectic_adjoint")).backward()
@@ -107,7 +107,7 @@ _active: list[Profile] = []
 
 
 def new_report(host: str, method: str, policy: str) -> SolveReport:
-    """The report of a solve that begins, seen by the profiles that are being taken."""
+    """Make the report of a solve that begins, and add it to the profiles that are being taken."""
     report = SolveReport(host, method, policy=policy)
     for taken in _active:
         taken.solves.append(report)
@@ -117,7 +117,7 @@ def new_report(host: str, method: str, policy: str) -> SolveReport:
 
 @contextlib.contextmanager
 def timed(report: SolveReport) -> Iterator[None]:
-    """Count the time within as the backward pass's."""
+    """Count the time within as time of the backward pass."""
     begin = time.perf_counter()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a backward pass relies on: the vector field as the forward pass left it, and derivatives that can be had."""
+"""Checks of a backward pass: that f is what it was in the forward pass, and that its derivatives exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .vector_field import VectorField
 
 
 def refuse_transforms() -> None:
-    """Refuse derivatives that would pass a solve by.
+    """Refuse derivatives that would leave out a solve.
 
     Raises:
         RuntimeError: inside a transform of torch.func, or in forward mode.
@@ -28,7 +28,7 @@ def refuse_transforms() -> None:
 
 
 def refuse_batches(cotangents: Sequence[Tensor | None]) -> None:
-    """Refuse cotangents that are a batch of them: the sweep decides by the values of one.
+    """Refuse batches of cotangents: the sweep decides by the values of single ones.
 
     Raises:
         RuntimeError: in a backward pass of many cotangents at once.
@@ -41,7 +41,7 @@ def refuse_batches(cotangents: Sequence[Tensor | None]) -> None:
 
 
 class Addresses:
-    """Where the values of tensors are: setting `.data` moves them, and autograd does not see it.
+    """The memory addresses of tensors' values: setting `.data` changes them, and autograd does not see that.
 
     Args:
         tensors: the tensors.
@@ -52,24 +52,24 @@ class Addresses:
         self._addresses = [_address(tensor) for tensor in tensors]
 
     def require_same(self) -> None:
-        """Refuse to have moved.
+        """Require the addresses to be what they were.
 
         Raises:
-            RuntimeError: if one was.
+            RuntimeError: if one is not.
         """
         if self._addresses != [_address(tensor) for tensor in self._tensors]:
             raise RuntimeError(_CHANGED.format("was given other memory (its .data was set, or it was moved)"))
 
 
 class Witness:
-    """Sees to it that the backward pass finds the vector field as the forward pass left it.
+    """The state of a vector field's dependencies at the end of the forward pass, for the backward pass to check.
 
     Args:
         field: the vector field, with its dependencies discovered.
 
     Attributes:
-        saved: the dependencies that f has been seen to use, to be saved for the backward pass: autograd raises if they
-            are changed in place.
+        saved: dependencies that f has been seen to use. Autograd's node saves them, and raises if they are changed in
+            place.
     """
 
     def __init__(self, field: VectorField) -> None:
@@ -82,7 +82,14 @@ class Witness:
 
     @contextlib.contextmanager
     def checked(self, needed: Sequence[bool], device: torch.device) -> Iterator[tuple[VectorField, CotangentSums]]:
-        """The context of a sweep: autocast off, f as it was, random number generators left alone.
+        """Return the context of a sweep: autocast off, and checks of the dependencies before and after.
+
+        Args:
+            needed: for each dependency whether it needs a gradient.
+            device: the state's.
+
+        Yields:
+            The vector field as it was in the forward pass, and the sums of its dependencies' cotangents.
 
         Raises:
             RuntimeError: if a tensor that f depends on is not what it was.
@@ -107,5 +114,5 @@ _CHANGED = (
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor's values are."""
+    """Return the memory address of a tensor's values."""
     return tensor.data_ptr() if has_storage(tensor) else 0

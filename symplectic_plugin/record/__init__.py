@@ -1,1 +1,1 @@
-"""What a forward pass leaves for the backward pass: steps, checkpoints, the memory budget, storage, schedules."""
+"""The record of a forward pass: steps, checkpoints, the memory budget, storage, schedules."""

@@ -18,7 +18,7 @@ FEWEST_STATES = 3
 
 @dataclass(frozen=True)
 class Demand:
-    """What a solve needs memory for, as far as that is known at its first evaluation of f.
+    """The memory demand of a solve, as far as it is known at the first evaluation of f.
 
     Args:
         state: the initial state.

@@ -1,4 +1,4 @@
-"""What a solve by an implicit method leaves behind beside its trajectory, for its steps to be taken again and back."""
+"""The equations of an implicit method's solve, for steps forward, recomputed steps, and steps back."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Keywords = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ImplicitSolve:
-    """How the stages of a recorded solve are solved for.
+    """The equations of the stages of a recorded solve.
 
-    What is kept of a step under the policies that keep stages is their slopes, `TakenStep.parts`: the states are had
-    from those without loss, the slopes from the states only with the rounding that a small step magnifies.
+    Under the policies that keep stages, the slopes of the stages are kept, `TakenStep.parts`. The states follow from
+    the slopes without loss; slopes follow from states only with rounding that a small step magnifies.
 
     Args:
         method: the method.
@@ -78,11 +78,11 @@ class ImplicitSolve:
             return steps.take(fields, layout.flat(state), h, self.weights(state), slope)
 
     def steps_again(self) -> ImplicitSteps:
-        """What takes steps again: by itself it keeps no more than the matrix that it made last."""
+        """Return a stepper for recomputed steps, which keeps no more than the last matrix that it made."""
         return ImplicitSteps(self.method, replace(self.options, check_jacobian=False))
 
     def bytes_for_solving(self, evaluation: Sequence[int], itemsize: int) -> int:
-        """What solving for the stages takes, beside the stages.
+        """Return the bytes that solving for the stages takes, beside the stages.
 
         Args:
             evaluation: the bytes of each storage that the graph of one evaluation of f keeps.
@@ -173,7 +173,7 @@ def require_exact(options: NewtonOptions) -> NewtonOptions:
 
 
 class Adjoint:
-    """What a step back takes of f, and what it is told of it.
+    """The needs and findings of a step back with respect to f.
 
     Args:
         sums: takes the cotangents of what f depends on.

@@ -33,7 +33,7 @@ _MOST_KINDS = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """What a host knows of a solve when it begins.
+    """A host's knowledge of a solve that begins.
 
     Args:
         initial: the initial state, with its history.

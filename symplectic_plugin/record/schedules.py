@@ -18,15 +18,15 @@ def reversed_states(
     put: Callable[[Any], Any],
     get: Callable[[Any], Any],
 ) -> Iterator[Any]:
-    """What is at the start of each step, the last step's first.
+    """Yield the states at the starts of steps, the last step's first.
 
     Args:
-        first: what is at the start of the first one.
-        steps: how many there are.
-        snapshots: how many of them may be held at once, `first` among them.
-        advance: takes the number of a step and what is at its start, and returns what is at its end.
-        put: puts something into storage, and returns what `get` gets it back with.
-        get: the reverse.
+        first: state at the start of the first step.
+        steps: number of steps.
+        snapshots: number of states that may be held at once, `first` included.
+        advance: `advance(n, state)` takes step n from the state at its start to the one at its end.
+        put: stores a state, and returns a handle.
+        get: returns the state of a handle.
     """
     if steps == 1:
         yield first
@@ -53,7 +53,7 @@ def reversed_states(
 
 
 def positions(steps: int, snapshots: int) -> set[int]:
-    """Of a known number of steps, those at whose start a snapshot is best taken on the way forward."""
+    """Return the numbers of the steps, out of a known number, whose starts are best kept in the forward pass."""
     if steps == 1:
         return {0}
     import checkpoint_schedules as schedules

@@ -1,4 +1,4 @@
-"""Where checkpoints are: in the memory of the state's device, in the host's, or on a disk."""
+"""Storage of checkpoints: in the memory of the state's device, in the host's, or on a disk."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from .defaults import DEFAULTS
 
 
 class Storage(ABC):
-    """Puts tensors away and gets them back, on the device and with the values that they had."""
+    """A place to put tensors into, and to get them back from, on their device and with the same values."""
 
     on_device: bool
-    """Whether what is put away takes memory of the state's device."""
+    """Whether stored tensors take memory of the state's device."""
 
     @abstractmethod
     def put(self, tensor: Tensor) -> Any:
-        """Put a tensor away. Returns what `get` takes; with the last reference to that, the tensor is forgotten."""
+        """Store a tensor. Returns a handle for `get`; with the last reference to the handle the tensor is forgotten."""
 
     @abstractmethod
     def get(self, handle: Any) -> Tensor:
         """Get a tensor back.
 
         Raises:
-            RuntimeError: if it was changed in place.
+            RuntimeError: if the tensor was changed in place.
         """
 
 
 def storage(offload: str | os.PathLike[str] | None, device: torch.device) -> Storage:
-    """The storage that is meant by the option `offload`: None, "cpu", or a directory that exists.
+    """Return the storage for a value of the option `offload`: None, "cpu", or a directory that exists.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if the value is none of these.
     """
     offload = DEFAULTS.offload if offload is None else offload
     if offload is None or (offload == "cpu" and device.type == "cpu"):

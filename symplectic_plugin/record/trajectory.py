@@ -1,4 +1,4 @@
-"""What a forward pass leaves for the adjoint sweep: the method, a checkpoint for each accepted step, output places."""
+"""The record of a forward pass: the method, a checkpoint for each accepted step, the places of the outputs."""
 
 from __future__ import annotations
 

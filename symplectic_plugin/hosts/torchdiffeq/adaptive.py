@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.misc import Perturb
 
 from ...record.method import Method, Reevaluation, Step, TakeStep
 from ...record.trajectory import Trajectory
+from ._compat import Perturb
 from .adaptive_step import PreparedTableau, adaptive_step, runge_kutta_step
 from .recording import Recording
 from .times import TimesFromStart

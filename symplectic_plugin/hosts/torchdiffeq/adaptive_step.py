@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.misc import Perturb
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
 
+from ._compat import Perturb, RKAdaptiveStepsizeODESolver, _ButcherTableau
 from .recorded_function import RecordedFunction
 
 

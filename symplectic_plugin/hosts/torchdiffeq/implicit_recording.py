@@ -24,7 +24,7 @@ from .times import TimesFromStart
 
 
 class _ImplicitRecording:
-    """What the recording of both families of implicit methods has in place of the explicit ones' parts."""
+    """The recording of both families of implicit methods, where it differs from that of the explicit ones."""
 
     method: ImplicitMethod
     func: RecordedFunction

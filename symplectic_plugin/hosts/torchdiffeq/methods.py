@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _runge_kutta_step
-from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from ...methods.read_tableau import probe
 from ...methods.tableau import ButcherTableau
 from ...record.method import DenseOutput
+from ._compat import (
+    AdamsBashforthMoulton,
+    FixedGridODESolver,
+    RKAdaptiveStepsizeODESolver,
+    _runge_kutta_step,
+    solver_table,
+)
 from .implicit import AdaptiveImplicit, FixedGridImplicit, counterpart, is_torchdiffeqs
 
 IMPLICIT = (AdaptiveImplicit, FixedGridImplicit)
@@ -26,12 +29,7 @@ _MUST_BE_THE_FAMILYS = {
     AdaptiveImplicit: ("integrate", "_before_integrate", "_advance", "_adaptive_step", "take"),
     FixedGridImplicit: ("integrate", "_linear_interp", "_cubic_hermite_interp", "_step_func", "take"),
 }
-"""What a solver of a family may not redefine, since what it does there would not be followed."""
-
-
-def solvers() -> dict[str, Any]:
-    """torchdiffeq's registry of methods."""
-    return sys.modules["torchdiffeq._impl.odeint"].SOLVERS  # as an attribute of its package, `odeint` is the function
+"""Attributes that a solver of a family may not redefine: the recording would not follow."""
 
 
 def is_one_step(solver: Any) -> bool:
@@ -62,9 +60,9 @@ def base_solver(name: str) -> Any:
     Raises:
         ValueError: if there is none of that name, or it is not a one-step method.
     """
-    solver = solvers().get(name) if isinstance(name, str) else None
+    solver = solver_table().get(name) if isinstance(name, str) else None
     if not is_one_step(solver):
-        usable = ", ".join(f'"{key}"' for key, value in solvers().items() if is_one_step(value))
+        usable = ", ".join(f'"{key}"' for key, value in solver_table().items() if is_one_step(value))
         what = "is not a one-step Runge-Kutta method" if solver is not None else "is not a method of torchdiffeq's"
         raise ValueError(f"symplectic_adjoint: solver {name!r} {what}. Use one of {usable}.")
     return counterpart(name, solver) if is_torchdiffeqs(solver) else solver
@@ -100,7 +98,7 @@ def _read(solver: Any) -> tuple[ButcherTableau, list[dict[str, Any]]]:
 
 
 def hands_on_slope(solver: Any) -> bool:
-    """Whether a step takes its first slope from the step before."""
+    """Return whether a step takes its first slope from the step before."""
     if isinstance(solver, AdaptiveImplicit) and solver.method.nonstiff is not None:
         return False  # its two parts are evaluated anew
     return isinstance(solver, RKAdaptiveStepsizeODESolver)

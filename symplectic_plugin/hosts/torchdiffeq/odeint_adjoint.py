@@ -8,7 +8,6 @@ before otherwise, so that it makes no difference when `odeint_adjoint` was impor
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from types import ModuleType
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .methods import solvers
+from ._compat import adjoint_module, is_wrapper, solver_table
 
-_ADJOINT_MODULE = "torchdiffeq._impl.adjoint"
 _OWN_OPTIONS = ("adjoint_params",)
 
 
@@ -32,7 +30,7 @@ def install(symplectic_adjoint: Any) -> None:
     Args:
         symplectic_adjoint: the solver class.
     """
-    module: Any = sys.modules[_ADJOINT_MODULE]
+    module: Any = adjoint_module()
     if module in _replaced:
         return
     original: Any = module.OdeintAdjointMethod
@@ -40,7 +38,7 @@ def install(symplectic_adjoint: Any) -> None:
 
     def apply(*args: Any) -> Any:
         given = parameters.bind(None, *args).arguments
-        method, adjoint_method = solvers().get(given["method"]), solvers().get(given["adjoint_method"])
+        method, adjoint_method = solver_table().get(given["method"]), solver_table().get(given["adjoint_method"])
         ours = [m for m in (method, adjoint_method) if isinstance(m, type) and issubclass(m, symplectic_adjoint)]
         return _solve(given, ours[0], method) if ours else original.apply(*args)
 
@@ -118,7 +116,7 @@ class _WithZeros(torch.autograd.Function):
 def _names(symplectic_adjoint: type) -> set[str]:
     """Return the names under which the solver class and its relatives are registered."""
     family = symplectic_adjoint.__mro__[-2]
-    return {name for name, solver in solvers().items() if isinstance(solver, type) and issubclass(solver, family)}
+    return {name for name, solver in solver_table().items() if isinstance(solver, type) and issubclass(solver, family)}
 
 
 def _are_the_default(params: tuple[Tensor, ...], func: Any) -> bool:
@@ -126,13 +124,13 @@ def _are_the_default(params: tuple[Tensor, ...], func: Any) -> bool:
     func = _users(func)
     if not isinstance(func, torch.nn.Module):
         return False
-    default = [p for p in sys.modules[_ADJOINT_MODULE].find_parameters(func) if p.requires_grad]
+    default = [p for p in adjoint_module().find_parameters(func) if p.requires_grad]
     return len(default) == len(params) and all(p is q for p, q in zip(default, params, strict=True))
 
 
 def _users(func: Any) -> Any:
     """Return the user's vector field, without torchdiffeq's wrappers."""
-    while type(func).__module__ == "torchdiffeq._impl.misc" and hasattr(func, "base_func"):
+    while is_wrapper(func):
         func = func.base_func
     return func
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torchdiffeq._impl.misc import Perturb
 
 from ...field.vector_field import VectorField
 from ...record.recorder import Recorder
+from ._compat import Perturb
 
 
 class RecordedFunction:

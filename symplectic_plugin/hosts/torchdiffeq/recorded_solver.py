@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
-
+from ._compat import RKAdaptiveStepsizeODESolver
 from .adaptive import Adaptive
 from .fixed_grid import FixedGrid
 from .implicit import AdaptiveImplicit, FixedGridImplicit

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl import misc
 
 from ...field.evaluation import Evaluation
 from ...methods.tableau import ButcherTableau
@@ -19,13 +18,14 @@ from ...record.method import Method, Step, TakeStep
 from ...record.recorder import Plan, Recorder
 from ...record.store import CheckpointStore
 from ...record.trajectory import Trajectory
+from ._compat import NULL_CALLBACK
 from .methods import hands_on_slope, read_dense_output, read_method
 from .recorded_function import RecordedFunction
 from .times import StageTimes
 
 
 class Recording(ABC):
-    """What the recording of all families of solvers shares.
+    """The recording of a solve, as far as all families of solvers share it.
 
     Attributes:
         base: the solver class that this is mixed into.
@@ -77,8 +77,7 @@ class Recording(ABC):
 
     def has_callbacks(self, *names: str) -> bool:
         """Return whether func has a callback of one of these names."""
-        none = getattr(misc, "_null_callback", None)  # torchdiffeq 0.2.3 has no callbacks
-        return any(getattr(self.func, name, none) is not none for name in names)
+        return any(getattr(self.func, name, NULL_CALLBACK) is not NULL_CALLBACK for name in names)
 
     def record(
         self, dtypes: tuple[torch.dtype, torch.dtype], outputs: int, steps: int | None, *, want_time: bool

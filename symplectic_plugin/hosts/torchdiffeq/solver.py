@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl import misc
 
 from ...adjoint.function import Inputs, attach
 from ...adjoint.live_solution import live_solution
@@ -22,7 +21,8 @@ from ...field.witness import refuse_transforms
 from ...record.storage import storage
 from ...record.store import CheckpointStore
 from . import implicit, odeint_adjoint
-from .methods import base_solver, callbacks_of, is_one_step, solvers
+from ._compat import is_wrapper, solver_table
+from .methods import base_solver, callbacks_of, is_one_step
 from .recorded_function import RecordedFunction
 from .recorded_solver import recorded_solver
 from .times import TimesFromGrid, TimesFromStart
@@ -37,11 +37,11 @@ def _compile_user_function(func: Any, how: bool | str | Mapping[str, Any]) -> tu
     Returns:
         (func, compiled)
     """
-    if type(func).__module__ != misc.__name__:
+    if not is_wrapper(func):
         compiled = CompiledFunction(func, how)
         return compiled, compiled
     wrapper = func
-    while type(wrapper.base_func).__module__ == misc.__name__:
+    while is_wrapper(wrapper.base_func):
         wrapper = wrapper.base_func
     compiled = CompiledFunction(wrapper.base_func, how)
     del wrapper.base_func  # a module's place takes no function
@@ -117,7 +117,7 @@ class SymplecticAdjoint:
     @classmethod
     def valid_callbacks(cls) -> set[str]:
         """Return the names of the callbacks that the base solver calls."""
-        table = solvers()
+        table = solver_table()
         bases = table.values() if cls.solver is None else [table[cls.solver]]
         return set().union(*[callbacks_of(base) for base in bases if is_one_step(base)])
 

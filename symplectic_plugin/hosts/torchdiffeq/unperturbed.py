@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.misc import Perturb, _PerturbFunc
+
+from ._compat import Perturb, _PerturbFunc
 
 
 class Unperturbed:

@@ -15,12 +15,12 @@ from .implicit import ImplicitSolver
 
 
 def is_torchdyns(solver: Any) -> bool:
-    """Whether a solver with an adjoint is based on one of torchdyn's own."""
+    """Return whether a solver with an exact gradient is based on one of torchdyn's own."""
     return bool(solver.base.__module__.startswith("torchdyn."))
 
 
 def tableau_of(solver: Any) -> ButcherTableau | None:
-    """The tableau of a solver as it is now, None if it is not an explicit Runge-Kutta method, nor ours and implicit."""
+    """Return the tableau of a solver as it is now; None if it is neither an explicit Runge-Kutta method nor ours."""
     if isinstance(solver, ImplicitSolver):
         return solver.method.tableau
     own = {name: value for name, value in vars(solver).items() if name not in ("solve", "loss", "params")}
@@ -56,7 +56,7 @@ def _read(solver: Any) -> ButcherTableau | None:
 
 
 def step_function(solver: Any, dtype: torch.dtype | None = None) -> Any:
-    """A solver's step, to be probed on the CPU, with its coefficients in at least this precision.
+    """Return a solver's step, to be probed on the CPU, with its coefficients in at least this precision.
 
     In single precision `dt * a[0]` rounds a size in double precision: no longer a linear map of the slopes.
     """

@@ -1,4 +1,4 @@
-"""torchdyn's sensitivity algorithms: what an ODE problem does with `sensitivity="symplectic_adjoint"`.
+"""torchdyn's ODE problems with `sensitivity="symplectic_adjoint"`.
 
 torchdyn has no registry of sensitivities: a problem asks its `_autograd_func` for the one that its name means. Here is
 one, which `_autograd_func` looks into first once `install` has run.
@@ -7,24 +7,24 @@ one, which `_autograd_func` looks into first once `install` has run.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from ._compat import odeint_module, problems_module
 from .solver import with_adjoint
 
 SENSITIVITIES: dict[str, Callable[[Any], Callable[..., Any]]] = {}
-"""By name: a function of a problem that returns what it is solved with, called as torchdyn calls an autograd function:
-with the flattened parameters and what the problem's `odeint` was given."""
+"""Functions by the name of the sensitivity. Called with a problem, each returns a function that solves it, which
+torchdyn calls as an autograd function: with the flattened parameters and the arguments of the problem's `odeint`."""
 
 _replaced: list[tuple[type, Any]] = []
 
 
 def install() -> None:
     """Have torchdyn's problems look into `SENSITIVITIES`."""
-    problems = sys.modules["torchdyn.core.problems"]
+    problems: Any = problems_module()
     if _replaced:
         return
     for problem in (problems.ODEProblem, problems.MultipleShootingProblem):
@@ -51,12 +51,12 @@ def uninstall() -> None:
 
 
 def symplectic_adjoint(problem: Any) -> Callable[..., Any]:
-    """What solves a problem of torchdyn's with exact gradients.
+    """Return a function that solves a problem of torchdyn's with exact gradients.
 
     Raises:
         ValueError: if its solver's step can't be differentiated.
     """
-    module = sys.modules["torchdyn.numerics.odeint"]
+    module: Any = odeint_module()
     if hasattr(problem, "parallel_solver"):
 
         def shooting(_: Tensor, x: Tensor, t_span: Tensor, B0: Any = None) -> tuple[Tensor, Tensor]:  # noqa: N803
@@ -83,7 +83,7 @@ symplectic_adjoint.uninstall = uninstall  # type: ignore[attr-defined]
 
 
 def _integrand(loss: Any, t_span: Tensor) -> Any:
-    """The integrand in the time that torchdyn integrates over: it turns reversed time around."""
+    """Return the integrand in the time that torchdyn integrates over, which is reversed where time decreases."""
     if loss is None or t_span[1] >= t_span[0]:
         return loss
     return lambda t, x: -loss(-t, x)

@@ -1,4 +1,4 @@
-"""What is known of a solve by torchdyn while its loop takes steps, and the vector field as the steps call it."""
+"""A solve by torchdyn while its loop takes steps, and the vector field as the steps call it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 
 from ...adjoint.function import Inputs, attach_step
 from ...field.compiled import not_compiled
@@ -29,6 +28,7 @@ from ...methods.read_tableau import read_rounded_tableau
 from ...record.method import Method, Step
 from ...record.store import CheckpointStore
 from . import step_sizes
+from ._compat import MS_SOLVER_DICT, SOLVER_DICT, ImplicitEuler, ParallelImplicitEuler
 from .implicit import METHODS, ImplicitSolver
 from .methods import is_torchdyns, step_function
 from .solve import NAME, Solve, StageTimes, StepFunction, require_size, times_of_step
@@ -36,10 +36,10 @@ from .step_sizes import SolverOrder
 
 
 class SymplecticAdjoint:
-    """What torchdyn's SOLVER_DICT holds as "symplectic_adjoint": tsit5, `NeuralODE`'s default, with an exact gradient.
+    """The entry "symplectic_adjoint" of torchdyn's SOLVER_DICT: tsit5, `NeuralODE`'s default, with an exact gradient.
 
-    As torchdyn's own solver classes it is called with a dtype, and gives a solver: `str_to_solver(name, dtype)`. To be
-    given options, it is called by oneself: `SOLVER_DICT["symplectic_adjoint:dopri5"](checkpoint="steps")`.
+    torchdyn calls the entry with a dtype, as its own solver classes, to make a solver: `str_to_solver(name, dtype)`. To
+    give options, make the solver yourself: `SOLVER_DICT["symplectic_adjoint:dopri5"](checkpoint="steps")`.
 
     Args:
         dtype: of the state.
@@ -216,7 +216,7 @@ class AdjointSteps:
         self.__dict__["solve"] = Solve()
 
     def sync_device_dtype(self, x: Any, t_span: Any) -> Any:
-        """As in torchdyn, whose loops call it first."""
+        """Begin a solve: torchdyn's loops call this first."""
         self.begin()
         return super().sync_device_dtype(x, t_span)  # type: ignore[misc]
 

@@ -6,11 +6,12 @@ handed the solver's `order` and the slope at the start, so a solver with an adjo
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from ._compat import odeint_module
 
 _replaced: dict[ModuleType, Any] = {}
 
@@ -30,7 +31,7 @@ class SolverOrder(int):
 
 def install() -> None:
     """Have torchdyn's loops take the first step size as a constant where the solver is ours."""
-    module: Any = sys.modules["torchdyn.numerics.odeint"]  # as an attribute of its package, `odeint` is the function
+    module: Any = odeint_module()
     if module in _replaced:
         return
     original = module.init_step
