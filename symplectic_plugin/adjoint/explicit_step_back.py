@@ -117,7 +117,7 @@ class ExplicitStepBack:
                     self._compare(trajectory.method.tableau, h, start, stages.slopes)
                 stages.slopes[i:] = []  # with `xi` they take the memory of s states, and no earlier stage needs them
         if stages.states is not None and stages.graphs is None:
-            self._compare_kept(tableau, step.slope_handed_on, h, start, stages)
+            self._compare_kept(tableau, h, start, stages, slope_handed_on=step.slope_handed_on)
         # A step that follows no other may start elsewhere.
         self._following = None if checkpoint.previous is None else at.state
         adjoint = at.adjoint + outputs.in_step(at).sum(0) if at.end > at.begin else at.adjoint
@@ -196,7 +196,11 @@ class ExplicitStepBack:
             field.generators.draw_again_from(draw)
         field.report.recomputed += 1
         return field.differentiable(
-            evaluations.times[i], stage, evaluations.keywords[i], self._outputs.want_times, self._sums.stand_ins
+            evaluations.times[i],
+            stage,
+            evaluations.keywords[i],
+            self._sums.stand_ins,
+            want_time=self._outputs.want_times,
         )
 
     def _through(
@@ -213,13 +217,13 @@ class ExplicitStepBack:
             return None
         self._field.report.vjps += 1
         want_time, keep_graph = times is not None, kept and self._keep
-        xi, tau = self._field.vjp(evaluation, cotangent, self._sums, want_time, keep_graph)
+        xi, tau = self._field.vjp(evaluation, cotangent, self._sums, want_time=want_time, keep_graph=keep_graph)
         if times is not None:
             times.add_stage_time(c, tau)
         return xi
 
     def _compare_kept(
-        self, tableau: ButcherTableau, slope_handed_on: bool, h: float, start: Tensor, stages: _Stages
+        self, tableau: ButcherTableau, h: float, start: Tensor, stages: _Stages, *, slope_handed_on: bool
     ) -> None:
         if slope_handed_on and stages.slopes[0] is None and tableau.stages > 1 and h * tableau.numbers[0][1][0] != 0:
             assert stages.states is not None

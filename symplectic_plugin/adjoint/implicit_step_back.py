@@ -110,7 +110,7 @@ class ImplicitStepBack:
             # Once more, where f may not be what it was when the solve began; else nothing would notice.
             fields = solve.fields(self._field, this.times, this.keywords, self._recomputed)
             check_derivative(fields.stages[-1], this.stages[-1])
-        of_f = Adjoint(self._sums, times is not None)
+        of_f = Adjoint(self._sums, want_time=times is not None)
         fields = solve.fields(self._field, this.times, this.keywords, self._recomputed, of_f)
         back = self._transposed.take(fields, this.stages, h, outside, first_slope_given=this.step.slope_handed_on)
         if times is not None:
@@ -173,12 +173,14 @@ class ImplicitStepBack:
         layout, field, want_time, (c, x) = self._solve.layout, self._field, times is not None, place
         over_h = layout.flat(self._outputs.on_slope(at, i))
         shaped = layout.shaped(x)
-        evaluation = field.differentiable(this.times[i], shaped, this.keywords[i], want_time, self._sums.stand_ins)
+        evaluation = field.differentiable(
+            this.times[i], shaped, this.keywords[i], self._sums.stand_ins, want_time=want_time
+        )
         self._recomputed()
         if times is not None:
             times.add_slope(i, evaluation.slope.detach(), layout.shaped(over_h))
         field.report.vjps += 1
-        product, tau = field.vjp(evaluation, layout.shaped(this.step.h * over_h), self._sums, want_time)
+        product, tau = field.vjp(evaluation, layout.shaped(this.step.h * over_h), self._sums, want_time=want_time)
         if times is not None:
             times.add_stage_time(c, tau)
         return torch.zeros_like(x) if product is None else layout.flat(product)

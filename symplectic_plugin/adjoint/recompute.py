@@ -93,7 +93,9 @@ class StepEvaluations:
         def slope_at(i: int, stage: Tensor) -> Tensor:
             self._set_generators(i)
             field.report.recomputed += 1
-            return graphs.add(field.differentiable(self.times[i], stage, self.keywords[i], want_time, stand_ins))
+            return graphs.add(
+                field.differentiable(self.times[i], stage, self.keywords[i], stand_ins, want_time=want_time)
+            )
 
         explicit_step(tableau, slope_at, start, self.step.h, given)
         return graphs

@@ -65,8 +65,9 @@ class VectorField:
         device: torch.device,
         report: SolveReport,
         named: Sequence[Tensor] = (),
-        only: bool = False,
         compiled: CompiledFunction | None = None,
+        *,
+        only: bool = False,
     ) -> None:
         self.function = function
         self.compiled = compiled
@@ -91,7 +92,7 @@ class VectorField:
         self._edges = {edge_of(tensor) for tensor in self.dependencies if not tensor.is_leaf}
 
     def discover(
-        self, t: Tensor, x: Tensor, keywords: Keywords, want_time: bool = False, with_history: bool = False
+        self, t: Tensor, x: Tensor, keywords: Keywords, *, want_time: bool = False, with_history: bool = False
     ) -> Evaluation:
         """Evaluate f for the first time: find the tensors that it depends on, and whether it draws random numbers.
 
@@ -115,7 +116,7 @@ class VectorField:
         before = self.generators.states()
         t = t.detach().clone()  # the caller's may be changed in place
         with without_compilation():  # the dependencies of a compiled function do not show as well
-            evaluation = self.differentiable(t, x, keywords, want_time, with_history=with_history)
+            evaluation = self.differentiable(t, x, keywords, want_time=want_time, with_history=with_history)
         self.draws = not self.generators.are_at(before)
         if self.draws:
             self.generators.note(before)
@@ -267,24 +268,24 @@ class VectorField:
         t: Tensor,
         x: Tensor,
         keywords: Keywords,
-        want_time: bool,
         stand_ins: StandIns | None = None,
+        *,
+        want_time: bool,
         with_history: bool = False,
     ) -> Evaluation:
-        """The slope f(t, x) with a graph of its own, which ends in the state, the time and the dependencies.
+        """Evaluate f(t, x) with a graph of its own, which ends in the state, the time and the dependencies.
 
         Args:
-            t: time, a scalar that nobody changes in place as long as the graph is there.
+            t: time, a scalar that nobody changes in place as long as the graph lives.
             x: state.
             keywords: passed on to f.
+            stand_ins: leaves that take the place of dependencies, by default those found by `discover`.
             want_time: whether the product with df/dt will be needed.
-            seen: identities of the tensors that the first evaluation used.
-        stand_ins: what takes the place of dependencies: by default what was found to when f was discovered.
-            with_history: whether the graph is to go on behind the state, if that has a history.
+            with_history: whether the graph goes on behind the state, if the state has a history.
         """
         with torch.enable_grad():
             leaf = x if with_history and x.requires_grad else x.detach().requires_grad_()
-            # A view, whose node is older than all that f makes.
+            # A view, whose node is older than all nodes that f makes.
             argument = leaf.view_as(leaf)
             if with_history and leaf is not x:
                 # Nor is there to be a gradient: with create_graph=True it would lead back to the leaf, for ever.
@@ -324,7 +325,13 @@ class VectorField:
         return slope
 
     def vjp(
-        self, evaluation: Evaluation, cotangent: Tensor, sums: CotangentSums, want_time: bool, keep_graph: bool = False
+        self,
+        evaluation: Evaluation,
+        cotangent: Tensor,
+        sums: CotangentSums,
+        *,
+        want_time: bool,
+        keep_graph: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compute the products of a slope's cotangent with the Jacobians of f.
 
@@ -350,7 +357,7 @@ class VectorField:
             # f may make leaves of its own, and nodes in other threads: those are new ones in each evaluation.
             with self.generators.kept():
                 again = self.differentiable(
-                    evaluation.time, evaluation.leaf, evaluation.keywords, want_time, sums.stand_ins
+                    evaluation.time, evaluation.leaf, evaluation.keywords, sums.stand_ins, want_time=want_time
                 )
             own = (again.leaf, again.time)
             if strangers & self._strangers(again.slope, again.argument.grad_fn, own, sums):

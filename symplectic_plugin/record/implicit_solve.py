@@ -183,7 +183,7 @@ class Adjoint:
         slopes: f at the stages, shape (B, n), by part and stage, as it was found to be.
     """
 
-    def __init__(self, sums: CotangentSums, want_time: bool) -> None:
+    def __init__(self, sums: CotangentSums, *, want_time: bool) -> None:
         self.sums = sums
         self.want_time = want_time
         self.slopes: dict[tuple[int, int], Tensor] = {}
@@ -202,10 +202,12 @@ class _Linearization:
         adjoint: Adjoint,
     ) -> None:
         self._field, self._layout, self._adjoint = field, layout, adjoint
-        self._evaluation: Evaluation = field.differentiable(t, x, keywords, adjoint.want_time, adjoint.sums.stand_ins)
+        self._evaluation: Evaluation = field.differentiable(
+            t, x, keywords, adjoint.sums.stand_ins, want_time=adjoint.want_time
+        )
         self.slope = layout.flat(self._evaluation.slope.detach())
 
-    def pull(self, cotangent: Tensor, batched: bool = False) -> Tensor:
+    def pull(self, cotangent: Tensor, *, batched: bool = False) -> Tensor:
         slope = self._evaluation.slope
         if not slope.requires_grad:
             return torch.zeros_like(cotangent)
@@ -224,7 +226,7 @@ class _Linearization:
         adjoint = self._adjoint
         self._field.report.vjps += 1
         product, tau = self._field.vjp(
-            self._evaluation, self._layout.shaped(cotangent), adjoint.sums, adjoint.want_time
+            self._evaluation, self._layout.shaped(cotangent), adjoint.sums, want_time=adjoint.want_time
         )
         return torch.zeros_like(cotangent) if product is None else self._layout.flat(product), tau
 

@@ -142,7 +142,7 @@ class Recorder:
         self._stages.append(x)
         if (graphs := self._graphs) is None:
             return self.field(t, x, keywords)
-        evaluation = self.field.differentiable(t, x, keywords, self.plan.want_time, graphs.stand_ins)
+        evaluation = self.field.differentiable(t, x, keywords, graphs.stand_ins, want_time=self.plan.want_time)
         slope = graphs.add(evaluation)
         if not self.store.has_room_for(self.field, evaluation, graphs.nodes):
             self._graphs = None
@@ -171,7 +171,7 @@ class Recorder:
             is_initial = x.shape == plan.initial.shape and x.data_ptr() == plan.initial.data_ptr()
             self.is_live = self.is_live and is_initial
             x = plan.initial if self.is_live else x.detach()
-        evaluation = field.discover(t, x, keywords, plan.want_time, with_history=self.is_live)
+        evaluation = field.discover(t, x, keywords, want_time=plan.want_time, with_history=self.is_live)
         self.is_discovered = True
         if field.draws:
             self.first_draw = field.generators.last_noted

@@ -49,7 +49,7 @@ class FixedGrid(Recording):
         self.record((grid.dtype, grid.dtype), len(t), len(grid) - 1, want_time=want_time)
         points, sizes = grid.tolist(), grid.detach().diff().tolist()
         keywords = self.recorder.trajectory.method.keywords[0]
-        self._grid = [Step(*times, False, keywords) for times in zip(points, points[1:], sizes, strict=False)]
+        self._grid = [Step(*times, first_keywords=keywords) for times in zip(points, points[1:], sizes, strict=False)]
         self._stage_times = StageTimeCache(self._grid, self.recorder.trajectory.method.stage_times)
         return TimesFromGrid(t, grid)
 
@@ -99,7 +99,7 @@ class FixedGrid(Recording):
             return super()._step_func(func, t0, dt, t1, y0)  # type: ignore[misc]
         trajectory = self.recorder.trajectory
         if self._grid is None:
-            step = Step(float(t0), float(t1), float(dt), False, trajectory.method.keywords[0])
+            step = Step(float(t0), float(t1), float(dt), first_keywords=trajectory.method.keywords[0])
         else:
             step = self._grid[len(trajectory.checkpoints)]
         # A callback may have changed the state.

@@ -78,12 +78,12 @@ def read_method(solver: Any) -> tuple[ButcherTableau, list[dict[str, Any]]]:
         return solver.method.tableau, solver.stage_keywords()
     base = type(solver).base
     if base.__module__.startswith("torchdiffeq."):  # those depend on nothing else
-        return _read_own(base, getattr(solver, "perturb", False))
+        return _read_own(base, perturb=bool(getattr(solver, "perturb", False)))
     return _read(solver)
 
 
 @functools.cache
-def _read_own(base: Any, perturb: bool) -> tuple[ButcherTableau, list[dict[str, Any]]]:
+def _read_own(base: Any, *, perturb: bool = False) -> tuple[ButcherTableau, list[dict[str, Any]]]:
     solver = base.__new__(base)
     solver.perturb = perturb
     return _read(solver)
@@ -137,7 +137,7 @@ class _Polynomial(DenseOutput):
 def _own_polynomial(base: Any, dtype: torch.dtype) -> DenseOutput:
     solver = base.__new__(base)
     solver.mid = base.mid.to(dtype)
-    return _Polynomial(solver, _read_own(base, False)[0])
+    return _Polynomial(solver, _read_own(base)[0])
 
 
 class _Linear(DenseOutput):

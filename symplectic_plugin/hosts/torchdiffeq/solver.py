@@ -109,7 +109,7 @@ class SymplecticAdjoint:
         self.y0 = y0
         report = new_report("torchdiffeq", name, store.policy)
         function = Unperturbed(func)
-        self.field = VectorField(function, y0.device, report, adjoint_params, only_adjoint_params, compiled)
+        self.field = VectorField(function, y0.device, report, adjoint_params, compiled, only=only_adjoint_params)
         recorded = RecordedFunction(self.field, func)
         self.base = recorded_solver(base)(func=recorded, y0=y0.detach(), rtol=rtol, atol=atol, **options)
         self.base.prepare(y0, store)

@@ -316,7 +316,7 @@ class AdjointSteps:
         at_start = solve.is_at_start(k1, x)
         can_be_recomputed = (at_start or solve.is_last_slope(k1, x)) and not recorder.field.draws
         fresh = k1 is None or solve.integral is not None or (can_be_recomputed and at_start)
-        step = Step(taken.t0, taken.t0 + taken.h, taken.h, not fresh, {}, None, recorder.draws)
+        step = Step(taken.t0, taken.t0 + taken.h, taken.h, slope_handed_on=not fresh, draws=recorder.draws)
         if taken.h != 0 and not t.dtype == dt.dtype == x.abs().dtype:
             rounded = step_function(self)
             tableau = read_rounded_tableau(rounded, tableau.stages, t.cpu(), dt.cpu(), end.abs().dtype)
