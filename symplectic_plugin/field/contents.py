@@ -15,16 +15,19 @@ import torch
 _MOST_ENTRIES = 10_000
 """Containers with more entries are not looked into: f may hold a data set."""
 
-_NO_PART_OF_A_FIELD = ("torch.optim", "torch.utils.data", "lightning", "pytorch_lightning", "logging")
-"""Modules with the classes of objects that are not looked into: a model may hold its trainer."""
+_NO_PART_OF_A_FIELD = (
+    "torch.optim", "torch.utils.data", "lightning", "pytorch_lightning", "logging",
+    "concurrent", "threading", "_thread", "multiprocessing", "queue", "_queue", "asyncio", "socket", "subprocess",
+)  # fmt: skip
+"""Modules with the classes of objects that are not looked into: a model may hold its trainer, or a pool of threads."""
 
 _LIBRARIES = ("torch", "torchdiffeq", "torchdyn", "symplectic_plugin")
 """Packages with classes whose code reads no globals of the user's."""
 
-PLAIN = frozenset((bool, int, float, complex, str))
+PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
 """Types of values without parts."""
 
-HOLLOW = frozenset((*PLAIN, bytes, type(None), type, types.ModuleType))
+HOLLOW = frozenset((*PLAIN, type, types.ModuleType))
 """Types of objects in which there is nothing to be looked for: most of what a module is made of."""
 
 CONTAINERS = frozenset((dict, list, tuple, set, frozenset, collections.OrderedDict))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import threading
 import types
 import weakref
 from collections.abc import Mapping
@@ -99,7 +100,8 @@ class Held:
     def as_recorded(self, root: Any) -> Any:
         """Return the callable, or a copy of it that holds what it held in the forward pass.
 
-        In the copy, batch norms in training mode have copies of their running statistics, so that evaluating f again
+        Where other threads run, the copy also holds apart whatever they may change during the backward pass. In the
+        copy, batch norms in training mode have copies of their running statistics, so that evaluating f again
         counts in nobody's.
 
         Args:
@@ -110,15 +112,20 @@ class Held:
         """
         differences = {id(h.container): changes for h in self._holders if (changes := h.differences())}
         counting = [norm for norm in self._norms if norm.track_running_stats and (norm.training or differences)]
-        if not differences and not counting:
+        # Another thread may change the contents while the backward pass is under way.
+        shared = threading.active_count() > 1
+        if not (differences or counting or shared):
             return root
         key = [(where, name, id(value)) for where, changes in differences.items() for name, value in changes.items()]
-        if self._copied is None or self._copied[0] != key:
+        if self._copied is None or self._copied[0] != (shared, key):
+            contents = {id(holder.container): holder.contents() for holder in self._holders} if shared else {}
             statistics = {
                 id(norm._buffers): {name: None if x is None else x.clone() for name, x in norm._buffers.items()}
                 for norm in counting
             }
-            self._copied = key, PathCopy(root, {**differences, **statistics}, _MOST_OBJECTS)(root)
+            required = {**differences, **statistics}
+            copied = PathCopy(root, {**contents, **required}, required, _MOST_OBJECTS)(root)
+            self._copied = (shared, key), copied
         return self._copied[1]
 
 
@@ -154,6 +161,10 @@ class _Holder:
     def is_of_use(self) -> bool:
         """Whether the holder keeps anything."""
         return bool(self._strong or self._weak)
+
+    def contents(self) -> dict[Any, Any]:
+        """Return what was there, by key."""
+        return {**self._strong, **{key: value for key, kept in self._weak.items() if (value := kept()) is not None}}
 
     def differences(self) -> dict[Any, Any]:
         """Return what was there and is not now, by key."""

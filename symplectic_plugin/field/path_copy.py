@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from .contents import HOLLOW, class_code, contents_of, slots_of
@@ -24,20 +24,23 @@ class PathCopy:
     Args:
         root: the object whose parts are looked at.
         changes: the new contents.
+        required: containers, by their identities, without whose new contents the copy is of no use.
         most: number of objects to look at.
     """
 
-    def __init__(self, root: object, changes: Changes, most: int) -> None:
+    def __init__(self, root: object, changes: Changes, required: Collection[int], most: int) -> None:
         self._changes = changes
         self._memo: dict[int, Any] = {}
         self._kept_alive: list[object] = []
-        self._affected = self._leading_to_changes(root, most)
+        parents = self._parents(root, most)
+        self._affected = _leading_to(changes, parents)
+        self._required = _leading_to(required, parents)
 
     def __call__(self, item: Any) -> Any:
         """Return the copy of an object, or the object itself if it leads to no replaced container.
 
         Raises:
-            RuntimeError: if the object can't be copied.
+            RuntimeError: if the object can't be copied, and leads to a container with required contents.
         """
         key = id(item)
         if key not in self._affected:
@@ -47,6 +50,9 @@ class PathCopy:
             try:
                 self._copy(item)
             except Exception as error:
+                self._memo[key] = item
+                if key not in self._required:
+                    return item
                 raise RuntimeError(
                     f"symplectic_adjoint: the vector field holds something else than in the forward pass, by way of a "
                     f"{type(item).__module__}.{type(item).__qualname__} that can't be copied to have it as it was "
@@ -54,7 +60,8 @@ class PathCopy:
                 ) from error
         return self._memo[key]
 
-    def _leading_to_changes(self, root: object, most: int) -> set[int]:
+    def _parents(self, root: object, most: int) -> dict[int, list[int]]:
+        """Return the identities of the objects and containers that hold others, by the identities of those."""
         parents: dict[int, list[int]] = {}
         seen, queue = {id(root)}, [root]
         for item in queue:
@@ -69,13 +76,7 @@ class PathCopy:
                     if id(part) not in seen and type(part) not in HOLLOW:
                         seen.add(id(part))
                         queue.append(part)
-        affected, stack = set[int](), list(self._changes)
-        while stack:
-            key = stack.pop()
-            if key not in affected:
-                affected.add(key)
-                stack += parents.get(key, [])
-        return affected
+        return parents
 
     def _contents(self, container: object, contents: Mapping[Any, Any]) -> dict[Any, Any]:
         return {key: self(value) for key, value in {**contents, **self._changes.get(id(container), {})}.items()}
@@ -146,3 +147,14 @@ class PathCopy:
         for slot in slots_of(type(item)):
             if hasattr(item, slot) and slot not in ("__dict__", "__weakref__"):
                 object.__setattr__(result, slot, self(getattr(item, slot)))
+
+
+def _leading_to(containers: Iterable[int], parents: Mapping[int, list[int]]) -> set[int]:
+    """Return the identities of containers, and of all that leads to them."""
+    found, stack = set[int](), list(containers)
+    while stack:
+        key = stack.pop()
+        if key not in found:
+            found.add(key)
+            stack += parents.get(key, [])
+    return found

@@ -15,21 +15,39 @@ from torch import Tensor
 
 GeneratorStates = tuple[Tensor, ...]
 
-_lock = threading.RLock()
-_PATIENCE = 5.0
-"""Seconds to wait for another thread's evaluation. It may itself wait for this one: f may work in threads that solve.
-What two evaluations at once would draw wrongly, the comparison with the forward pass finds."""
+_PATIENCE = 2.0
+"""Seconds to wait for another thread's evaluation."""
 
 
-@contextlib.contextmanager
-def drawing_alone() -> Iterator[None]:
-    """Keep the package's other evaluations of fields that draw, in other threads, from drawing meanwhile."""
-    acquired = _lock.acquire(timeout=_PATIENCE)
-    try:
-        yield
-    finally:
+class _Turn:
+    """The turn of a thread to evaluate a field that draws.
+
+    f may wait for a thread of its own that needs a turn too. So no thread waits long, nor twice for the same thread:
+    what two evaluations at once draw wrongly, the comparison with the forward pass finds.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._holder = 0
+        self._gave_up: set[tuple[int, int]] = set()
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take the turn."""
+        me, holder = threading.get_ident(), self._holder
+        acquired = self._lock.acquire(timeout=0 if (holder, me) in self._gave_up else _PATIENCE)
         if acquired:
-            _lock.release()
+            self._holder = me
+        else:
+            self._gave_up.add((holder, me))
+        try:
+            yield
+        finally:
+            if acquired:
+                self._lock.release()
+
+
+_turn = _Turn()
 
 
 class Generators:
@@ -90,7 +108,7 @@ class Generators:
     @contextlib.contextmanager
     def drawing_noted(self) -> Iterator[None]:
         """Note where the generators are, and draw from there."""
-        with drawing_alone():
+        with _turn.taken():
             self.note(self.states())
             yield
             self._left = self.states()
@@ -107,7 +125,7 @@ class Generators:
     @contextlib.contextmanager
     def drawing_again(self) -> Iterator[None]:
         """Draw from where the last draws that were made again ended, and leave the generators as they are."""
-        with drawing_alone(), self.kept():
+        with _turn.taken(), self.kept():
             if self._place is not None:
                 self._set(self._place)
             yield
