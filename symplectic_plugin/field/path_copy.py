@@ -1,160 +1,169 @@
-"""A copy of a callable with other contents in some of its containers, which shares everything else with the original.
+"""Path copying: a copy of an object as it was, made along the paths to what has changed, which shares everything else.
 
-The user's objects are never changed: other threads may be evaluating them. As in a persistent data structure, the
-objects on the paths that lead to a replaced container are copied, and no others.
+As persistent data structures do (Driscoll, Sarnak, Sleator, Tarjan, Making Data Structures Persistent, 1989).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import types
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from .contents import HOLLOW, class_code, contents_of, slots_of
+from torch import Tensor
 
-Changes = Mapping[int, Mapping[Any, Any]]
-"""New contents, by the identity of the container, then by key: a name, an index, or None for a closure's cell."""
+from .anatomy import ATTRIBUTES, CODE, Function, Object, Parts, is_infrastructure, is_library
+
+if TYPE_CHECKING:
+    from .held import Node, Survey
 
 
-class PathCopy:
-    """Copies of objects that lead to replaced containers.
+class Copying:
+    """Copies objects, each of them once.
 
     Args:
-        root: the object whose parts are looked at.
-        changes: the new contents.
-        required: containers, by their identities, without whose new contents the copy is of no use.
-        most: number of objects to look at.
+        survey: what the objects are made of now, and what has changed.
     """
 
-    def __init__(self, root: object, changes: Changes, required: Collection[int], most: int) -> None:
-        self._changes = changes
-        self._memo: dict[int, Any] = {}
-        self._kept_alive: list[object] = []
-        parents = self._parents(root, most)
-        self._affected = _leading_to(changes, parents)
-        self._required = _leading_to(required, parents)
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
+        self._buffers = {norm.links["_buffers"] for norm in survey.norms if "_buffers" in norm.links}
+        gone = [node for node, item in survey.items.items() if item is None]
+        self._needed = self._above([*survey.changed, *self._buffers, *gone], through_code=True)
+        may_change = [node for node, item in survey.items.items() if survey.isolated and _may_be_changed(node, item)]
+        self._wanted = self._above(may_change, through_code=False)
+        self._copies: dict[Node, Any] = {}
+        self._variables: dict[int, dict[str, Any]] = {}
+        self._to_fill: list[Callable[[], None]] = []
 
-    def __call__(self, item: Any) -> Any:
-        """Return the copy of an object, or the object itself if it leads to no replaced container.
+    def copy(self, root: Node) -> Any:
+        """Return the object of a node as it was."""
+        copy = self._of(root)
+        while self._to_fill:
+            self._to_fill.pop()()
+        return copy
 
-        Raises:
-            RuntimeError: if the object can't be copied, and leads to a container with required contents.
-        """
-        key = id(item)
-        if key not in self._affected:
-            return item
-        if key not in self._memo:
-            self._memo[key] = item  # for a cycle through an object that is made all at once
-            try:
-                self._copy(item)
-            except Exception as error:
-                self._memo[key] = item
-                if key not in self._required:
-                    return item
-                raise RuntimeError(
-                    f"symplectic_adjoint: the vector field holds something else than in the forward pass, by way of a "
-                    f"{type(item).__module__}.{type(item).__qualname__} that can't be copied to have it as it was "
-                    f"({type(error).__name__}: {error}). Call backward() before changing what the vector field holds."
-                ) from error
-        return self._memo[key]
+    def _above(self, nodes: Iterable[Node], through_code: bool) -> set[Node]:
+        """Nodes, and all that hold one of them; not by classes and libraries' globals unless `through_code`."""
+        above = set(nodes)
+        queue = list(above)
+        for node in queue:
+            for holder, key in self._survey.holders[node]:
+                if holder not in above and (through_code or self._is_users(holder, key)):
+                    above.add(holder)
+                    queue.append(holder)
+        return above
 
-    def _parents(self, root: object, most: int) -> dict[int, list[int]]:
-        """Return the identities of the objects and containers that hold others, by the identities of those."""
-        parents: dict[int, list[int]] = {}
-        seen, queue = {id(root)}, [root]
-        for item in queue:
-            self._kept_alive.append(item)
-            if len(seen) > most:
-                break
-            for container, contents in contents_of(item):
-                if container is not item:
-                    parents.setdefault(id(container), []).append(id(item))
-                for part in {**contents, **self._changes.get(id(container), {})}.values():
-                    parents.setdefault(id(part), []).append(id(container))
-                    if id(part) not in seen and type(part) not in HOLLOW:
-                        seen.add(id(part))
-                        queue.append(part)
-        return parents
+    def _is_users(self, holder: Node, key: Any) -> bool:
+        """Return whether a part belongs to what users write: no class's code, no global of a library's function."""
+        if not is_code(holder, key):
+            return not _is_torchs(holder.kind)
+        return key != CODE and not is_library(self._survey.items[holder].__module__)
 
-    def _contents(self, container: object, contents: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {key: self(value) for key, value in {**contents, **self._changes.get(id(container), {})}.items()}
+    def _is_replaced(self, holder: Node, key: Any, child: Node) -> bool:
+        """Return whether a copy of the holder holds a copy of this part."""
+        return child in self._needed or (child in self._wanted and self._is_users(holder, key))
 
-    def _copy(self, item: Any) -> None:
-        memo, key = self._memo, id(item)
-        if isinstance(item, dict):
-            memo[key] = copy.copy(item)
-            memo[key].update(self._contents(item, item))
-        elif isinstance(item, list):
-            memo[key] = copy.copy(item)
-            memo[key][:] = list(self._contents(item, dict(enumerate(item))).values())
-        elif isinstance(item, tuple):
-            parts = [self(part) for part in item]
-            memo[key] = type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
-        elif isinstance(item, set | frozenset):
-            memo[key] = type(item)(self(part) for part in item)
-        elif isinstance(item, functools.partial):
-            arguments = {name: self(value) for name, value in item.keywords.items()}
-            memo[key] = type(item)(self(item.func), *(self(x) for x in item.args), **arguments)
-        elif isinstance(item, types.MethodType):
-            memo[key] = types.MethodType(self(item.__func__), self(item.__self__))
-        elif isinstance(item, types.FunctionType):
-            self._copy_function(item)
-        else:
-            self._copy_object(item)
+    def _of(self, node: Node) -> Any:
+        """Return the object of a node: the one that is there, or a copy, which is filled later if it can be."""
+        if node in self._copies:
+            return self._copies[node]
+        if node not in self._needed and node not in self._wanted:
+            return self._survey.items[node]
+        try:
+            new, is_made = self._new(node)
+        except Exception as error:
+            if node in self._needed:
+                raise RuntimeError(_refusal(node, error)) from error
+            new, is_made = self._survey.items[node], True
+        self._copies[node] = new
+        if not is_made:
+            self._to_fill.append(functools.partial(self._fill, node, new))
+        return new
 
-    def _copy_function(self, function: types.FunctionType) -> None:
-        cells = [self._cell(cell) for cell in function.__closure__ or ()]
-        variables, known = function.__globals__, self._memo
-        names: dict[str, Any] = {}
-        for container, contents in contents_of(function):
-            if container is variables:
-                names = dict(contents)
-        if id(variables) in self._changes or any(id(value) in self._affected for value in names.values()):
-            variables = known.setdefault(id(variables), dict(variables))
-        result = types.FunctionType(
-            function.__code__, variables, function.__name__, self(function.__defaults__), tuple(cells) or None
-        )
-        known[id(function)] = result
-        result.__module__, result.__qualname__, result.__doc__ = (
-            function.__module__, function.__qualname__, function.__doc__,
-        )  # fmt: skip
-        result.__dict__.update(self._contents(function.__dict__, function.__dict__))
-        result.__kwdefaults__ = self(function.__kwdefaults__)
-        if variables is not function.__globals__:
-            variables.update(self._contents(function.__globals__, names))
+    def _fill(self, node: Node, new: Any) -> None:
+        try:
+            node.anatomy.fill(new, self._parts(node))
+        except Exception as error:
+            raise RuntimeError(_refusal(node, error)) from error
 
-    def _cell(self, cell: types.CellType) -> types.CellType:
-        if id(cell) not in self._affected:
-            return cell
-        if id(cell) not in self._memo:
-            copied = self._memo[id(cell)] = types.CellType()
-            now = self._changes.get(id(cell), {})
-            copied.cell_contents = self(now.get(None, cell.cell_contents))
-        return self._memo[id(cell)]
+    def _new(self, node: Node) -> tuple[Any, bool]:
+        """A copy of a node's object, and whether it holds its parts already."""
+        item = self._survey.items[node]
+        if isinstance(node.anatomy, Function):
+            cells = [self._of(node.links[i]) if i in node.links else c for i, c in enumerate(item.__closure__ or ())]
+            return Function.of(item, tuple(cells), self._globals(node, item)), False
+        if node.anatomy.is_mutable:
+            return node.anatomy.empty(node.kind, item), False
+        made = node.anatomy.made(node.kind, self._parts(node))
+        return self._copies.get(node, made), True  # it was made meanwhile if it holds itself
 
-    def _copy_object(self, item: Any) -> None:
-        kind: Any = type(item)
-        name, code = class_code(item)
-        if code is not None and id(code) in self._affected:
-            code_copy: Callable[..., Any] = self(code)
-            kind = type(kind.__name__, (kind,), {name: code_copy, "__module__": kind.__module__})
-        result = self._memo[id(item)] = object.__new__(kind)
-        attributes = getattr(item, "__dict__", None)
-        if attributes is not None:
-            result.__dict__.update(self._contents(attributes, attributes))
-        for slot in slots_of(type(item)):
-            if hasattr(item, slot) and slot not in ("__dict__", "__weakref__"):
-                object.__setattr__(result, slot, self(getattr(item, slot)))
+    def _parts(self, node: Node) -> Parts:
+        """Return what a node's object is to hold."""
+        item = self._survey.items[node]
+        parts = {} if item is None else node.anatomy.parts(item)
+        node.put_into(parts)
+        parts.update(self._linked(node))
+        parts = {key: parts[key] for key in dict.fromkeys((*node.keys, *parts)) if key in parts}
+        if node in self._buffers:
+            parts = {name: x.clone() if isinstance(x, Tensor) else x for name, x in parts.items()}
+        return parts
+
+    def _linked(self, node: Node) -> Parts:
+        """Return the parts that are taken apart themselves and are there."""
+        return {
+            key: self._of(child)
+            for key, child in node.links.items()
+            if (node, key) in self._survey.holders.get(child, ())
+            and (self._is_replaced(node, key, child) or not is_code(node, key))
+        }
+
+    def _globals(self, node: Node, function: Any) -> dict[str, Any]:
+        """Return the globals of a copied function: others than the original's only where one that it names differs."""
+        variables: dict[str, Any] = function.__globals__
+        changed = self._survey.changed.get(node, ())
+        names = {key for key in changed if is_code(node, key)}
+        names |= {
+            key for key, child in node.links.items() if is_code(node, key) and self._is_replaced(node, key, child)
+        }
+        if not names:
+            return variables
+        mine = self._variables.setdefault(id(variables), dict(variables))
+        self._to_fill.append(functools.partial(self._fill_globals, node, mine, names))
+        return mine
+
+    def _fill_globals(self, node: Node, variables: dict[str, Any], names: set[str]) -> None:
+        parts: Parts = {}
+        node.put_into(parts)
+        parts.update(self._linked(node))
+        variables.update({name: parts[name] for name in names if name in parts})
 
 
-def _leading_to(containers: Iterable[int], parents: Mapping[int, list[int]]) -> set[int]:
-    """Return the identities of containers, and of all that leads to them."""
-    found, stack = set[int](), list(containers)
-    while stack:
-        key = stack.pop()
-        if key not in found:
-            found.add(key)
-            stack += parents.get(key, [])
-    return found
+def is_code(holder: Node, key: Any) -> bool:
+    """Return whether a part belongs to a function's globals or to an object's class, not to the object itself."""
+    is_global = isinstance(holder.anatomy, Function) and isinstance(key, str) and key not in ATTRIBUTES
+    return is_global or (key == CODE and isinstance(holder.anatomy, Object))
+
+
+def _may_be_changed(node: Node, item: Any) -> bool:
+    """Return whether another thread may give an object other parts, and a copy of it does as well as the object."""
+    if item is None or not node.anatomy.is_mutable or isinstance(node.anatomy, Function):
+        return False
+    if not isinstance(node.anatomy, Object):
+        return True
+    return not (_is_torchs(node.kind) or is_infrastructure(node.kind) or hasattr(node.kind, "__del__"))
+
+
+def _is_torchs(kind: type) -> bool:
+    """Return whether a class is one of torch, which may have programs for the very objects, as torch.jit has."""
+    module = str(kind.__module__)
+    return module.partition(".")[0] == "torch" and not module.startswith("torch.nn.")
+
+
+def _refusal(node: Node, error: Exception) -> str:
+    name = f"{node.kind.__module__}.{node.kind.__qualname__}"
+    return (
+        f"symplectic_adjoint: the vector field holds an object of class {name} that can't be copied ({error}). The "
+        "backward pass needs a copy, since the object leads to a batch norm in training mode or to what was changed "
+        "after the forward pass: put batch norms in eval mode, call backward() before the change, or let copy.copy "
+        "work for the object."
+    )

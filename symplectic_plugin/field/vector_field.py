@@ -405,13 +405,17 @@ class VectorField:
             RuntimeError: if f holds something else now, and can't be copied to have it as it was.
         """
         roots = (self.function, *self.parts)
-        then = self._held.as_recorded(roots)
+        then = self._held.as_recorded(roots, isolated=self.compiled is None)
         if then is roots and not self.draws:
             return self
         again = copy.copy(self)
         again.function, again.parts = then[0], then[1:]
         again._draws_again = self.draws
         return again
+
+    def is_as_recorded(self) -> bool:
+        """Return whether f holds what it held in the forward pass."""
+        return self._held.is_as_recorded((self.function, *self.parts))
 
     def _drawing(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of an evaluation in which f may draw random numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -101,6 +102,11 @@ class Witness:
         with without_autocast(device):
             self._addresses.require_same()
             yield field, sums
+        if field.function is self.field.function and threading.active_count() > 1 and not field.is_as_recorded():
+            raise RuntimeError(
+                "symplectic_adjoint: another thread changed what the vector field holds during its backward pass, so "
+                "the gradient may be wrong: let it do so before or after that, or give each thread a copy of the module"
+            )
         used = sums.used()[len(self.saved) :]
         for tensor, version, is_used in zip(self._spare, self._versions, used, strict=True):
             if is_used and tensor._version != version:
