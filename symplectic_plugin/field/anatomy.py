@@ -272,14 +272,11 @@ _BY_TYPE: dict[type, Anatomy] = {
 _OBJECT = Object()
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_ATOMS = frozenset((*_PLAIN, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size))
-_CONTAINERS = frozenset((dict, list, tuple, set, frozenset, collections.OrderedDict))
+ATOMS = frozenset((*_PLAIN, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size))
+"""Types of objects in which there is nothing to be looked for."""
 
-
-def is_hollow(item: object) -> bool:
-    """Return whether there is nothing in an object to be looked for: most of what a module is made of."""
-    kind = type(item)
-    return kind in _ATOMS or (kind in _CONTAINERS and not item)
+CONTAINERS = frozenset((dict, list, tuple, set, frozenset, collections.OrderedDict))
+"""Types of objects in which there is nothing to be looked for when they are empty, as most of a module's are."""
 
 
 def is_library(module: object) -> bool:
@@ -301,7 +298,10 @@ def keeps_no_graph(item: object) -> bool:
     """Return whether an object that is not taken apart can be kept without keeping a graph alive."""
     if issubclass(type(item), Tensor):
         return item.grad_fn is None  # type: ignore[attr-defined]
-    return is_hollow(item) or issubclass(type(item), _PLAIN) or type(item).__module__ == "numpy"
+    kind = type(item)
+    if kind in ATOMS or (kind in CONTAINERS and not item):
+        return True
+    return issubclass(kind, _PLAIN) or kind.__module__ == "numpy"
 
 
 def anatomy_of(item: Any) -> Anatomy | None:
@@ -310,7 +310,7 @@ def anatomy_of(item: Any) -> Anatomy | None:
     anatomy = _BY_TYPE.get(kind)
     if anatomy is None:
         anatomy = _anatomy_of_subclass(item)
-    if kind in _CONTAINERS and len(item) > MOST_OBJECTS:
+    if kind in CONTAINERS and len(item) > MOST_OBJECTS:
         return None
     return anatomy
 

@@ -11,7 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from ._torch_compat import NormBase, at_end_of_backward
-from .anatomy import MISSING, MOST_OBJECTS, Anatomy, Parts, anatomy_of, is_hollow, is_infrastructure, keeps_no_graph
+from .anatomy import (
+    ATOMS,
+    CONTAINERS,
+    MISSING,
+    MOST_OBJECTS,
+    Anatomy,
+    Parts,
+    anatomy_of,
+    is_infrastructure,
+    keeps_no_graph,
+)
 from .path_copy import Copying
 
 
@@ -145,7 +155,8 @@ class Held:
         self._root = self._node_of(root, seen)
         for node in self._nodes:  # which grows: what is near comes first
             for key, value in node.take_apart().items():  # which is kept, so that no identity is used twice
-                if is_hollow(value):
+                kind = type(value)
+                if kind in ATOMS or (kind in CONTAINERS and not value):
                     continue
                 child = seen[id(value)] if id(value) in seen else self._node_of(value, seen)
                 if child is not None:

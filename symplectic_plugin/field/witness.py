@@ -50,7 +50,7 @@ class Addresses:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._addresses = [_address(tensor) for tensor in tensors]
+        self._addresses = _addresses(tensors)
 
     def require_same(self) -> None:
         """Require the addresses to be what they were.
@@ -58,7 +58,7 @@ class Addresses:
         Raises:
             RuntimeError: if one is not.
         """
-        if self._addresses != [_address(tensor) for tensor in self._tensors]:
+        if self._addresses != _addresses(self._tensors):
             raise RuntimeError(_CHANGED.format("was given other memory (its .data was set, or it was moved)"))
 
 
@@ -119,6 +119,6 @@ _CHANGED = (
 )
 
 
-def _address(tensor: Tensor) -> int:
-    """Return the memory address of a tensor's values."""
-    return tensor.data_ptr() if has_storage(tensor) else 0
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the memory addresses of tensors' values, 0 for those without."""
+    return [tensor.data_ptr() if has_storage(tensor) else 0 for tensor in tensors]

@@ -32,17 +32,15 @@ _MUST_BE_THE_FAMILYS = {
 """Attributes that a solver of a family may not redefine: the recording would not follow."""
 
 
+@functools.lru_cache(256)
 def is_one_step(solver: Any) -> bool:
     """Return whether a class is a one-step method of torchdiffeq's two families or of their implicit counterparts.
 
     As far as a class can show: the steps of a user's own class may still be no Runge-Kutta steps.
     """
-    return isinstance(solver, type) and _is_one_step(solver)
-
-
-@functools.lru_cache(256)
-def _is_one_step(solver: type) -> bool:
-    return not issubclass(solver, AdamsBashforthMoulton) and any(
+    if not isinstance(solver, type) or issubclass(solver, AdamsBashforthMoulton):
+        return False
+    return any(
         issubclass(solver, family) and all(getattr(solver, name, None) is getattr(family, name, None) for name in names)
         for family, names in _MUST_BE_THE_FAMILYS.items()
     )
