@@ -5,7 +5,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from symplectic_plugin.registration.autoload import is_active
+from symplectic_plugin.registration.import_hook import is_active
 from symplectic_plugin.registration.registry import HOSTS, registered
 
 _SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"

@@ -234,12 +234,18 @@ def _saved(node: Any) -> list[Tensor]:
     names = _saved_names.get(type(node))
     if names is None:
         names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
-        names = [name for name in names if not isinstance(getattr(node, name), bool | int | float | str)]
-        _saved_names[type(node)] = names
+        names = _saved_names[type(node)] = [name for name in names if not _is_number(getattr(node, name))]
     return _tensors([getattr(node, name) for name in names])
 
 
 _saved_names: dict[type, list[str]] = {}
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a node has saved a number or text, or as for sizes and strides a tuple of numbers."""
+    if isinstance(value, tuple | list):
+        return bool(value) and all(isinstance(part, int | float | torch.SymInt) for part in value)
+    return isinstance(value, int | float | str | torch.SymInt)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

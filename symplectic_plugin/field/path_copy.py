@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from .anatomy import ATTRIBUTES, CODE, Function, Object, Parts, is_infrastructure, is_library
-
-if TYPE_CHECKING:
-    from .held import Node, Survey
+from .node import Node
+from .survey import Survey
 
 
 class Copying:

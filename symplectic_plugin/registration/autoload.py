@@ -10,14 +10,6 @@ are reported as warnings.
 """
 
 import sys
-from functools import partial
-
-# Watched module of a host -> name of the host.
-HOOKED_MODULES = {
-    "torchdiffeq._impl.adjoint": "torchdiffeq",
-    "torchdyn.numerics.odeint": "torchdyn",
-    "torchdyn.core.problems": "torchdyn",
-}
 
 
 def autoload() -> None:
@@ -26,29 +18,14 @@ def autoload() -> None:
     Further calls change nothing. No exception is raised.
     """
     try:
-        install_hook()
+        from symplectic_plugin.registration.import_hook import HOOKED_MODULES, install_hook
+
+        install_hook(_host_executing, _host_executed)
         for module, host in HOOKED_MODULES.items():
             if module in sys.modules:
                 _host_executed(host)
     except Exception as error:
         _complain(f"symplectic-plugin could not prepare for the ODE libraries' import ({error!r}); use register()")
-
-
-def is_active() -> bool:
-    """Tell whether the import hook is installed."""
-    return any(getattr(finder, "reports_to", None) == __name__ for finder in sys.meta_path)
-
-
-def install_hook() -> None:
-    """Install the import hook, unless it is installed."""
-    from symplectic_plugin.registration.import_hook import ReportingFinder
-
-    if not is_active():
-        watched = {
-            module: (partial(_host_executing, host), partial(_host_executed, host))
-            for module, host in HOOKED_MODULES.items()
-        }
-        sys.meta_path.insert(0, ReportingFinder(watched, reports_to=__name__))
 
 
 def _host_executing(host: str) -> None:

@@ -9,12 +9,40 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+
+
+HOOKED_MODULES = {
+    "torchdiffeq._impl.adjoint": "torchdiffeq",
+    "torchdyn.numerics.odeint": "torchdyn",
+    "torchdyn.core.problems": "torchdyn",
+}
+"""Names of hosts by the modules that are watched."""
+
+
+def install_hook(executing: Callable[[str], None], executed: Callable[[str], None]) -> None:
+    """Install the import hook for the hosts, unless it is installed.
+
+    Args:
+        executing: called with the name of a host before one of its watched modules is executed.
+        executed: called so afterwards.
+    """
+    if not is_active():
+        watched = {
+            module: (partial(executing, host), partial(executed, host)) for module, host in HOOKED_MODULES.items()
+        }
+        sys.meta_path.insert(0, ReportingFinder(watched, reports_to=__name__))
+
+
+def is_active() -> bool:
+    """Tell whether the import hook is installed."""
+    return any(getattr(finder, "reports_to", None) == __name__ for finder in sys.meta_path)
 
 
 class ReportingFinder:

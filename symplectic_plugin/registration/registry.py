@@ -34,7 +34,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from symplectic_plugin.registration.discovery import discover
-from symplectic_plugin.registration.import_hook import complain, in_progress, when_complete
+from symplectic_plugin.registration.import_hook import complain, in_progress, install_hook, when_complete
 from symplectic_plugin.registration.registration import Registration
 
 
@@ -95,8 +95,6 @@ def register(host: str | None = None) -> None:
         ValueError: if there is no host of that name.
         ImportError: if the host is not installed; by default, if none is.
     """
-    from symplectic_plugin.registration import autoload
-
     installed = [name for name in _chosen(host) if find_spec(name) is not None]
     if not installed:
         name = host or next(iter(HOSTS))
@@ -106,7 +104,7 @@ def register(host: str | None = None) -> None:
         if host is not None or name not in _SLOW_TO_IMPORT:
             for group in HOSTS[name]:
                 import_module(group.after)
-    autoload.install_hook()
+    install_hook(host_executing, host_executed)
     for name in installed:
         for problem in _register(name):
             warnings.warn(problem, RuntimeWarning, stacklevel=2)

@@ -15,7 +15,7 @@ from ...record.implicit_solve import ImplicitSolve, slopes_to_keep
 from ...record.method import Reevaluation, Step, TakeStep
 from .implicit import ImplicitSolver
 from .solve import Solve, StageTimes, require_size, times_of_step
-from .solver import AdjointSteps
+from .steps import AdjointSteps
 
 
 class ImplicitAdjointSteps(AdjointSteps):
