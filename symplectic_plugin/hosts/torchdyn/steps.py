@@ -2,8 +2,8 @@
 
 torchdyn's integration loops call `solver.step`, and so do those for events and for multiple shooting. A step of a
 Runge-Kutta method is a part of autograd's graph as long as that fits; later ones are taken without a graph, and each
-gets its gradient from the adjoint sweep. A step of any other kind (hypersolvers, asynchronous leapfrog, a user's own) is
-recomputed as a whole by `torch.utils.checkpoint`.
+gets its gradient from the adjoint sweep. A step of any other kind (hypersolvers, asynchronous leapfrog, a user's own)
+is recomputed as a whole by `torch.utils.checkpoint`.
 """
 
 from __future__ import annotations
