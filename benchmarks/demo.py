@@ -56,7 +56,7 @@ class Step:
         return torch.cat([part.flatten() for part in self()])
 
     def evaluations(self) -> int:
-        """How often the step evaluates the vector field."""
+        """Count the evaluations of the vector field in a step."""
         calls = 0
 
         def count(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in words."""
+"""The name of the device that a benchmark ran on."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ONE_THREAD = {
 
 
 def measure(module: str, *arguments: Any, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What `python -m module --cell ARGUMENTS` prints last, or {"error": the last line of what it said instead}.
+    """Run `python -m module --cell ARGUMENTS`: return the last thing printed, or {"error": last line of the error}.
 
     The arguments go there, and the result comes back, as JSON.
     """

@@ -69,7 +69,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "graphs of single evaluations": {"live_graphs": False},
     "states": {"checkpoint": "steps"},
 }
-"""What is kept of the small solves of the tests, by the defaults that have it so."""
+"""Defaults by the kind of checkpoint that they leave of the small solves in the tests."""
 
 
 def keeping(what: str) -> contextlib.AbstractContextManager[None]:

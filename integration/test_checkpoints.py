@@ -353,7 +353,7 @@ class TestMemory:
 
 @callbacks_and_limits
 class TestGraphsMadeAgain:
-    """Where the graph of a step is less than the states of all stages, steps are taken again with their graphs."""
+    """Steps are taken again with their graphs, where one step's graph is less than the states of all stages."""
 
     def outcomes(self, method: str, budget: int, of_times: bool = False, dropout: bool = False, **options) -> None:
         field = MLP(3, 16, torch.Generator().manual_seed(0))

@@ -97,7 +97,7 @@ def test_the_memory_stays_within_a_budget() -> None:
 
 
 class CountingField(Field):
-    """It counts its evaluations, as many do."""
+    """Vector field that counts its evaluations, as many do."""
 
     def __init__(self) -> None:
         super().__init__()

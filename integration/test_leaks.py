@@ -54,7 +54,7 @@ class Torchdiffeq:
 
 
 class Torchdyn(Torchdiffeq):
-    """The same by torchdyn."""
+    """Solves by torchdyn."""
 
     def __init__(self, method: str) -> None:
         core = pytest.importorskip("torchdyn.core")

@@ -26,7 +26,7 @@ AS_EXACT = {"bound": EXACT, "values": 1e-11}
 
 
 class Pair(nn.Module):
-    """The same for two states of different shapes, each of which acts on the other."""
+    """Vector field for two states of different shapes, each of which acts on the other."""
 
     def __init__(self, field: StiffField) -> None:
         super().__init__()

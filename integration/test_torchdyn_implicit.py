@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Setting (tolerances|save_at) has
 
 
 class Reference(DiffEqSolver):
-    """The same by dense linear algebra that autograd goes through."""
+    """Implicit method by dense linear algebra that autograd goes through."""
 
     def __init__(self, name: str) -> None:
         self.method = METHODS[name]

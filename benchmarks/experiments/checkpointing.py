@@ -19,7 +19,7 @@ State = Tensor | tuple[Tensor, ...]
 
 
 def controls_its_step(method: str) -> bool:
-    """Whether a method of torchdiffeq's is adaptive."""
+    """Return whether a method of torchdiffeq's is adaptive."""
     return issubclass(SOLVERS[method], RKAdaptiveStepsizeODESolver)
 
 

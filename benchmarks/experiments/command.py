@@ -1,4 +1,4 @@
-"""What every experiment's command line has in common: sizes, device, seed, and where the results go."""
+"""The options that every experiment's command line has: sizes, device, seed, and where the results go."""
 
 from __future__ import annotations
 

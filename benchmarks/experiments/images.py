@@ -93,7 +93,7 @@ class ImageFlow(nn.Module):
         self.levels, self.margin = levels, size.margin
 
     def draw_noise(self, count: int, device: torch.device) -> tuple[Tensor, list[list[Tensor]]]:
-        """What makes pixels continuous, and Rademacher noise for every component's divergence."""
+        """Draw the noise that makes pixels continuous, and Rademacher noise for every component's divergence."""
         signs = [
             [torch.randint(0, 2, (count, *shape)).mul(2).sub(1).float().to(device) for _ in fields]
             for shape, fields in zip(self.shapes, self.scales, strict=True)

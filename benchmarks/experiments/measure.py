@@ -20,7 +20,7 @@ Loss = Callable[[Any, Solve], Tensor]  # of a model, which it evaluates in the p
 
 
 class VectorField(nn.Module):
-    """What a solver evaluates: its evaluations are counted."""
+    """Vector field that counts its evaluations."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -70,7 +70,7 @@ class Iteration:
         return time.perf_counter() - start
 
     def evaluations(self) -> int:
-        """How often the iteration evaluates a vector field."""
+        """Count the evaluations of a vector field in one iteration."""
         calls = 0
 
         def count(module: nn.Module, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""What the papers say themselves: figures of theirs that stand beside ours, and the sources of the settings here.
+"""Figures from the papers that stand beside ours, and the sources of the settings here.
 
 Only what was read in the source that is named. Not here, because no source could be read: the NLL, MiB and seconds of
 each method in the tables of Matsubara et al., and the tables of Zhang and Zhao. The orders of the former's Table 1

@@ -128,7 +128,7 @@ def memory_claim(records: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def speed(methods: Figures, row: str = SYMPLECTIC) -> float:
-    """How many times longer than a method the continuous adjoint takes."""
+    """Compute how many times longer than a method the continuous adjoint takes."""
     return methods[CONTINUOUS]["seconds"] / methods[row]["seconds"]
 
 
@@ -196,7 +196,7 @@ def robustness_claim(records: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def speedups(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """How many times longer others take than the symplectic adjoint, by PNODE's name for them and by scheme.
+    """Compute how many times longer others take than the symplectic adjoint, by PNODE's name for them and by scheme.
 
     With the stages kept, as PNODE keeps them. The best other reverse-accurate method is the faster of the two that make
     checkpoints.
@@ -267,7 +267,7 @@ def rounding_claim(records: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def settings(name: str, record: dict[str, Any]) -> dict[str, Any]:
-    """What a section's text says of a record."""
+    """Collect the settings of a record that a section's text names."""
     if name == "tabular":
         parts = record["data"].values()
         return {key: max(part[key] for part in parts) for key in ("width", "batch", "iterations")}

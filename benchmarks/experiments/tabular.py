@@ -27,8 +27,15 @@ from benchmarks.experiments.training import train
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a flow, as FFJORD trains it and the paper after it: hidden layers, their width by the data's dimension,
-    stacked components M, batch."""
+    """Settings of a flow, as FFJORD trains it and the paper after it.
+
+    Args:
+        layers: number of hidden layers.
+        factor: their width by the data's dimension.
+        components: number M of stacked components.
+        batch: batch size.
+        activation: between layers.
+    """
 
     layers: int
     factor: int
@@ -49,7 +56,7 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much of that is run: data sets, the most components, the largest batch and width, and so on."""
+    """Size of a run: data sets, the most components, the largest batch and width, and so on."""
 
     names: tuple[str, ...]
     components: int

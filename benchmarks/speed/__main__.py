@@ -128,7 +128,7 @@ def _matching(text: str) -> list[str]:
 
 
 def _record(path: Path, device: str) -> dict[str, Any]:
-    """What was measured before on this device, to be added to."""
+    """Read the record of earlier measurements on this device, to be added to."""
     if device == "cpu":
         torch.set_num_threads(1)
     name = device_name(torch.device(device))

@@ -1,4 +1,4 @@
-"""What the evaluations alone cost: calls of the field and its vector-Jacobian products, with no solver around them.
+"""The cost of the evaluations alone: calls of the field and its vector-Jacobian products, with no solver around them.
 
 No method that makes the same calls can be faster by more than what it accumulates more cleverly.
 """
@@ -16,8 +16,14 @@ from benchmarks.speed.problems import Field
 
 @dataclass(frozen=True)
 class Calls:
-    """How many evaluations keep their graph on the way forward, which are none or all; how many make none; how many
-    are made again without one, and again with one and a vector-Jacobian product, on the way back."""
+    """Numbers of evaluations in a pass.
+
+    Args:
+        kept: those that keep their graph on the way forward, which are none or all.
+        plain: those that make no graph.
+        again_plain: those made again without a graph on the way back.
+        again: those made again with a graph and a vector-Jacobian product.
+    """
 
     kept: int = 0
     plain: int = 0

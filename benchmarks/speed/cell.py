@@ -28,7 +28,7 @@ LONG = 2.0
 LEAST = 2.0
 """Seconds of rounds of short passes, for five repetitions."""
 EVALUATIONS = 80
-"""What a solve takes about."""
+"""About as many evaluations as a solve takes."""
 SAMPLE = 8
 """Evaluations of which the bare calls' time is drawn beside long ones."""
 

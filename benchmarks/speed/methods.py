@@ -217,7 +217,7 @@ METHODS = {
 
 
 def reference_pass(method: Method, field: Field, y0: Tensor, solver: Solver) -> Pass | None:
-    """What a row's gradient is compared with, if that is neither torchdiffeq's backpropagation nor its own."""
+    """Build the pass that a row's gradient is compared with: None for torchdiffeq's backpropagation or its own."""
     build = {TORCHDYN: torchdyn("autograd", first_step_is_constant=True), DIFFRAX: METHODS[DIFFRAX].build}.get(
         method.reference[solver.method]
     )

@@ -95,7 +95,7 @@ class TorchPass(Pass):
 
 @contextmanager
 def counted(count: bool) -> Iterator[Callable[[], int]]:
-    """How many evaluations of a field there have been since; a hook only where they are counted, as it takes time."""
+    """Count the evaluations of a field since; by a hook only where they are counted, as a hook takes time."""
     calls = 0
 
     def hook(module: nn.Module, *_: object) -> None:

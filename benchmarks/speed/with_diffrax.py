@@ -18,7 +18,7 @@ from benchmarks.speed.problems import FIRST_STEP, STEPS, Field
 
 
 class ThreeEighths(diffrax.AbstractERK):
-    """What torchdiffeq calls rk4, which diffrax has not: the 3/8 rule. For constant steps, so without an estimate."""
+    """The 3/8 rule, which torchdiffeq calls rk4 and diffrax does not have, without an error estimate."""
 
     tableau: ClassVar[diffrax.ButcherTableau] = diffrax.ButcherTableau(
         c=np.array([1 / 3, 2 / 3, 1]),

@@ -16,7 +16,7 @@ from benchmarks.speed.problems import FIRST_STEP, STEPS, Field
 
 
 class ThreeEighths(ExplicitRungeKutta):
-    """What torchdiffeq calls rk4, which torchode has not: the 3/8 rule."""
+    """The 3/8 rule, which torchdiffeq calls rk4 and torchode does not have."""
 
     TABLEAU = ButcherTableau.from_lists(
         c=[0, 1 / 3, 2 / 3, 1],

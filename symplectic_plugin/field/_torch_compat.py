@@ -19,7 +19,7 @@ def _any_autocast_enabled() -> bool:
 
 
 any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast_enabled)
-"""Whether autocast is on for any kind of device (2.6 to 2.14; 2.5 has no such function)."""
+"""Tells whether autocast is on for any kind of device (2.6 to 2.14; 2.5 has no such function)."""
 
 AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 """Type of the autograd nodes at which graphs end in leaves (2.5 to 2.14)."""

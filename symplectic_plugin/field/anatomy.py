@@ -1,4 +1,4 @@
-"""How objects are taken apart into what they hold, and made anew with other parts, by kind of object."""
+"""Anatomies of objects: taking objects of each kind apart into their parts, and making them anew of other parts."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def keeps_no_graph(item: object) -> bool:
 
 
 def anatomy_of(item: Any) -> Anatomy | None:
-    """How an object is taken apart; None if it is not."""
+    """Return the anatomy of an object; None for an object that is not taken apart."""
     kind = type(item)
     anatomy = _BY_TYPE.get(kind)
     if anatomy is None:

@@ -130,7 +130,7 @@ class Budget:
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether more is kept than there is room for."""
+        """Return whether more is kept than there is room for."""
         return self.used > self.room()
 
     def charge(self, kind: str, change: int) -> None:

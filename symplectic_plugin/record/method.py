@@ -164,7 +164,7 @@ class Method:
 
     @property
     def keeps_slope(self) -> bool:
-        """Whether a slope that was handed on must be kept, since f at the step's start does not give it again.
+        """Return whether a slope that was handed on must be kept, since f at the step's start does not give it again.
 
         An implicit method's last slope is f there only as far as the stage's equation is solved.
         """

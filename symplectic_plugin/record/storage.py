@@ -19,7 +19,7 @@ class Storage(ABC):
     """A place to put tensors into, and to get them back from, on their device and with the same values."""
 
     on_device: bool
-    """Whether stored tensors take memory of the state's device."""
+    """True where stored tensors take memory of the state's device."""
 
     @abstractmethod
     def put(self, tensor: Tensor) -> Any:

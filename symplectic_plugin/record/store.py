@@ -123,24 +123,24 @@ class CheckpointStore:
 
     @property
     def recomputes_graphs(self) -> bool:
-        """Whether steps of which states alone are kept are recomputed with their graphs."""
+        """Return whether steps of which states alone are kept are recomputed with their graphs."""
         return self._evaluations_again > 0
 
     @property
     def keeps_graphs(self) -> bool:
-        """Whether graphs are kept where there is room."""
+        """Return whether graphs are kept where there is room."""
         return self.policy == "auto" and not self._states_alone and not self._drops_states
 
     @property
     def keeps_stages(self) -> bool:
-        """Whether the states of stages are kept where there is room."""
+        """Return whether the states of stages are kept where there is room."""
         return self.policy in ("auto", "stages") and not (
             self._states_alone or self._drops_states or self.recomputes_graphs
         )
 
     @property
     def may_be_live(self) -> bool:
-        """Whether a live graph may be kept where there is room."""
+        """Return whether a live graph may be kept where there is room."""
         return DEFAULTS.live_graphs and self.keeps_graphs and self.storage.on_device
 
     @property
@@ -202,7 +202,7 @@ class CheckpointStore:
 
     @property
     def is_recalling(self) -> bool:
-        """Whether a reversal is in progress: dropped states will be recalled from it."""
+        """Return whether a reversal is in progress: dropped states will be recalled from it."""
         return self._reversal is not None
 
     def end_recall(self) -> None:

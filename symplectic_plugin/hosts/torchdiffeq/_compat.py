@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 HAS_STEP_LIMITS = "min_step" in inspect.signature(RKAdaptiveStepsizeODESolver.__init__).parameters
-"""Whether adaptive methods have limits for step sizes, and callbacks."""
+"""True where adaptive methods have limits for step sizes, and callbacks."""
 
 NULL_CALLBACK: Any = getattr(misc, "_null_callback", None)
 """Callback of a vector field that has none of its own; None where torchdiffeq has no callbacks."""
