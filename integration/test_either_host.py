@@ -134,6 +134,21 @@ def test_states_of_no_elements(solver, options) -> None:
     assert torch.equal(y0.grad, y0)
 
 
+@pytest.mark.usefixtures("kept")
+@every_solver
+@pytest.mark.parametrize("used", [False, True])
+def test_f_that_holds_a_tensor_of_inference_mode(solver, used) -> None:
+    def work(flag: bool) -> Any:
+        field = mlp()
+        with torch.inference_mode():
+            field.validation = [solve(solver, flag, field, Y0, T)]
+            shift = torch.ones(2, dtype=torch.float64)
+        f = (lambda t, y: field(t, y) + shift) if used else field
+        return torch.autograd.grad((solve(solver, flag, f, Y0, T) ** 2).sum(), [field.w1, field.w2])
+
+    both(work)
+
+
 @pytest.mark.parametrize(
     ("solver", "options"), [*((solver, {}) for solver in SOLVERS), ("torchdiffeq rk4", {"step_size": 0.13})]
 )

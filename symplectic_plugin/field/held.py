@@ -46,8 +46,9 @@ class Held:
                     node.links[key] = child
         norms: list[Any] = [node.item for node in self._nodes if node.is_norm]
         statistics = {id(buffer) for norm in norms for buffer in norm._buffers.values()}
-        self._versions = [(x, x._version) for x in self.frozen if id(x) not in statistics]
-        self._statistics = [(x, x._version) for x in self.frozen if id(x) in statistics]
+        counted = [x for x in self.frozen if not x.is_inference()]  # inference tensors don't count changes in place
+        self._versions = [(x, x._version) for x in counted if id(x) not in statistics]
+        self._statistics = [(x, x._version) for x in counted if id(x) in statistics]
 
     def _node_of(self, item: Any, seen: dict[int, Node | None]) -> Node | None:
         """Note an object that was not seen before; its node, if it is to be taken apart."""
