@@ -13,25 +13,22 @@ Yaguchi, NeurIPS 2021, eq. 7 and algorithm 2, with outputs inside steps and slop
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..field.cotangents import CotangentSums
 from ..field.evaluation import Evaluation
 from ..field.random_numbers import GeneratorStates
-from ..field.vector_field import VectorField
 from ..methods.explicit import weighted_sum
 from ..methods.tableau import ButcherTableau
 from ..record.checkpoint import Checkpoint
-from ..record.method import StageTimeCache
 from ..record.stage_graphs import StageGraphs
-from ..record.trajectory import Trajectory
 from .recompute import StepEvaluations
-from .step_back import OutputCotangents, StepEnd, StepStart
-from .times import StepTimeCotangents, zero
+from .step_back import StepBack, StepEnd, StepStart
+from .times import StepTimeCotangents
 
 
 @dataclass
@@ -53,36 +50,14 @@ class _Stages:
     draws: Sequence[GeneratorStates | None]
 
 
-class ExplicitStepBack:
-    """The step back of an explicit method, for one sweep.
+class ExplicitStepBack(StepBack):
+    """The step back of an explicit method, for one sweep. Arguments and attributes are `StepBack`'s."""
 
-    Args:
-        trajectory: the solve.
-        field: its vector field.
-        sums: takes the cotangents of f's dependencies.
-        outputs: cotangents of the outputs.
-        keep: whether graphs must stay for another sweep.
-    """
-
-    def __init__(
-        self,
-        trajectory: Trajectory,
-        field: VectorField,
-        sums: CotangentSums,
-        outputs: OutputCotangents,
-        *,
-        keep: bool,
-    ) -> None:
-        self._trajectory = trajectory
-        self._field = field
-        self._sums = sums
-        self._outputs = outputs
-        self._keep = keep
-        method = trajectory.method
-        self._with_end = method.tableau.with_end_stage() if method.dense.end_stage else method.tableau
-        self._times = StageTimeCache([checkpoint.step for checkpoint in trajectory.checkpoints], method.stage_times)
-        self._following = trajectory.end
-        self.deviation = zero(outputs.given)
+    @functools.cached_property
+    def _with_end(self) -> ButcherTableau:
+        """The tableau of a step with outputs in it: one stage more, if the interpolant needs the slope at the end."""
+        method = self._trajectory.method
+        return method.tableau.with_end_stage() if method.dense.end_stage else method.tableau
 
     def __call__(self, at: StepEnd) -> StepStart:
         """Carry the adjoint from the end of a step to its start."""

@@ -19,16 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..field.cotangents import CotangentSums
-from ..field.vector_field import VectorField
 from ..methods.check_derivative import check_derivative
 from ..methods.implicit_step import total
 from ..methods.transposed_step import StepAdjoint, TransposedSteps
 from ..record.checkpoint import Checkpoint
 from ..record.implicit_solve import Adjoint, ImplicitSolve
-from ..record.method import StageTimeCache, Step
+from ..record.method import Step
 from ..record.trajectory import Trajectory
-from .step_back import OutputCotangents, StepEnd, StepStart
+from .step_back import StepBack, StepEnd, StepStart
 from .times import StepTimeCotangents, zero
 
 
@@ -56,39 +54,20 @@ class _At:
     ended: Tensor
 
 
-class ImplicitStepBack:
-    """The step back of an implicit method, for one sweep.
+class ImplicitStepBack(StepBack):
+    """The step back of an implicit method, for one sweep, whose forward pass has left no graphs.
 
-    Args:
-        trajectory: the solve.
-        field: its vector field.
-        sums: takes the cotangents of f's dependencies.
-        outputs: cotangents of the outputs.
-        keep: not used: there are no graphs of the forward pass, which has solved equations.
+    Arguments and attributes are `StepBack`'s.
     """
 
-    def __init__(
-        self,
-        trajectory: Trajectory,
-        field: VectorField,
-        sums: CotangentSums,
-        outputs: OutputCotangents,
-        *,
-        keep: bool,
-    ) -> None:
-        method = trajectory.method
+    def __init__(self, trajectory: Trajectory, *arguments: Any, keep: bool) -> None:
+        super().__init__(trajectory, *arguments, keep=keep)
+        method, outputs = trajectory.method, self._outputs
         assert method.implicit is not None
-        self._trajectory = trajectory
         self._solve: ImplicitSolve = method.implicit
-        self._field = field
-        self._sums = sums
-        self._outputs = outputs
         self._steps = self._solve.steps_again()
         self._transposed = TransposedSteps(self._solve.method, self._solve.options)
         self._b = method.tableau.b.to(self._solve.layout.flat(outputs.given))
-        self._times = StageTimeCache([checkpoint.step for checkpoint in trajectory.checkpoints], method.stage_times)
-        self._following = trajectory.end
-        self.deviation = zero(outputs.given)
 
     def __call__(self, at: StepEnd) -> StepStart:
         """Carry the adjoint from the end of a step to its start."""

@@ -1,16 +1,20 @@
-"""The interface of a step back, explicit or implicit: arguments, results, the outputs' cotangents."""
+"""The base of a step back, explicit or implicit: arguments, results, the outputs' cotangents."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..field.cotangents import CotangentSums
+from ..field.vector_field import VectorField
+from ..record.method import StageTimeCache
 from ..record.trajectory import Trajectory
-from .times import StepTimeCotangents
+from .times import StepTimeCotangents, zero
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,6 @@ class StepStart(NamedTuple):
     adjoint: Tensor
     first_slope: Tensor | None
     times: StepTimeCotangents | None
-
-
-class StepBack(Protocol):
-    """One step of the symplectic partner of a method.
-
-    Attributes:
-        deviation: the largest difference seen so far between a recomputed state or slope and the recorded one,
-            relative to their size, a scalar tensor.
-    """
-
-    deviation: Tensor
-
-    def __call__(self, at: StepEnd) -> StepStart:
-        """Carry the adjoint from the end of a step to its start."""
 
 
 class OutputCotangents:
@@ -129,3 +119,42 @@ class OutputCotangents:
             return StepTimeCotangents(self.given[:0], (), self.given.new_zeros(0, 0))
         places = slice(at.begin, at.end)
         return StepTimeCotangents(self.given[places], self._thetas[places], self._derivatives[places])
+
+
+class StepBack(ABC):
+    """One step of the symplectic partner of a method, for one sweep.
+
+    Args:
+        trajectory: the solve.
+        field: its vector field.
+        sums: takes the cotangents of f's dependencies.
+        outputs: cotangents of the outputs.
+        keep: whether graphs of the forward pass, if there are any, must stay for another sweep.
+
+    Attributes:
+        deviation: the largest difference seen so far between a recomputed state or slope and the recorded one,
+            relative to their size, a scalar tensor.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        field: VectorField,
+        sums: CotangentSums,
+        outputs: OutputCotangents,
+        *,
+        keep: bool,
+    ) -> None:
+        self._trajectory = trajectory
+        self._field = field
+        self._sums = sums
+        self._outputs = outputs
+        self._keep = keep
+        steps = [checkpoint.step for checkpoint in trajectory.checkpoints]
+        self._times = StageTimeCache(steps, trajectory.method.stage_times)
+        self._following = trajectory.end
+        self.deviation = zero(outputs.given)
+
+    @abstractmethod
+    def __call__(self, at: StepEnd) -> StepStart:
+        """Carry the adjoint from the end of a step to its start."""

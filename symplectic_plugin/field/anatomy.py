@@ -9,6 +9,7 @@ import functools
 import sys
 import types
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ _LIBRARIES = ("torch", "torchdiffeq", "torchdyn", "symplectic_plugin")
 """Packages whose classes' code is known to read no global that a user sets."""
 
 
-class Anatomy:
+class Anatomy(ABC):
     """One kind of object: how it is taken apart and made anew.
 
     Attributes:
@@ -49,9 +50,9 @@ class Anatomy:
     has_length = False
     is_mutable = True
 
+    @abstractmethod
     def parts(self, item: Any) -> Parts:
         """Return what an object holds, by key."""
-        raise NotImplementedError
 
     def view(self, item: Any) -> Mapping[Any, Any]:
         """Return the parts to be read at once, without a copy where the object is a mapping already."""
